@@ -1,0 +1,1 @@
+"""Benchmarks: each module writes long CSV rows; see bench/results/."""

@@ -1,0 +1,218 @@
+"""Loads the native CPU library (csrc/, `lwz_kernels/_native.so`) and calls its C functions.
+
+PyTorch brings its own OpenMP runtime. Our library is linked against none: the runtime that
+PyTorch has already loaded is made visible first, so both use one thread pool.
+Tensors are passed as raw pointers: the callers here check nothing but what the library reports;
+shapes, dtypes and contiguity are the operators' job.
+"""
+
+import ctypes
+import functools
+import importlib.util
+from pathlib import Path
+
+import torch
+
+__all__ = [
+    "best_level",
+    "is_available",
+    "levels",
+    "paged_attention",
+    "store_kv",
+    "supports_head_size",
+    "unavailable_reason",
+    "vector_exp",
+]
+
+ABI_VERSION = 1
+LEVELS = ("generic", "avx2", "avx512")
+HEAD_SIZE_STEP = 8
+MAX_HEAD_SIZE = 512
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+
+_STATUS_MESSAGES = {
+    1: f"head size must be a multiple of {HEAD_SIZE_STEP}, at most {MAX_HEAD_SIZE}",
+    2: "this processor or this build lacks the requested instruction set",
+    3: "page_table names a page that is out of range: expected 0 <= page < num_pages",
+    4: "context_lens is out of range: expected 0 <= length <= max_pages * page_size",
+    5: "slot_mapping is out of range: expected slot < num_pages * page_size",
+}
+_OUT_OF_MEMORY = 6
+
+
+def is_available() -> bool:
+    """Whether the library was built and loads on this machine."""
+    return _load()[0] is not None
+
+
+def unavailable_reason() -> str:
+    """Why the library is not available; empty where it is."""
+    return _load()[1]
+
+
+def levels() -> tuple[str, ...]:
+    """Instruction sets that both the build and this processor have, narrowest first."""
+    return LEVELS[: _library().lwz_best_level() + 1]
+
+
+def best_level() -> str:
+    """The instruction set that is used unless another is asked for."""
+    return levels()[-1]
+
+
+def supports_head_size(head_size: int) -> bool:
+    """Whether the kernels can run this head size."""
+    return head_size % HEAD_SIZE_STEP == 0 and 0 < head_size <= MAX_HEAD_SIZE
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    context_lens: torch.Tensor,
+    *,
+    softmax_scale: float,
+    level: str | None = None,
+) -> torch.Tensor:
+    """Paged attention of contiguous CPU tensors; `level=None` takes the best instruction set."""
+    library = _library()
+    batch, num_heads, head_size = q.shape
+    num_pages, page_size, num_kv_heads, _ = k_cache.shape
+    out = torch.empty_like(q)
+    status = library.lwz_paged_attention(
+        q.data_ptr(),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        page_table.data_ptr(),
+        context_lens.data_ptr(),
+        out.data_ptr(),
+        batch,
+        num_heads,
+        num_kv_heads,
+        head_size,
+        num_pages,
+        page_size,
+        page_table.shape[1],
+        softmax_scale,
+        DTYPE_CODES[q.dtype],
+        _level_code(library, level),
+        torch.get_num_threads(),
+    )
+    _raise_for_status(status)
+    return out
+
+
+def store_kv(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """Copies rows of contiguous CPU tensors into the caches, in place; skips negative slots."""
+    num_tokens, num_kv_heads, head_size = k.shape
+    status = _library().lwz_store_kv(
+        k.data_ptr(),
+        v.data_ptr(),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        slot_mapping.data_ptr(),
+        num_tokens,
+        k_cache.shape[0] * k_cache.shape[1],
+        num_kv_heads * head_size * k.element_size(),
+        torch.get_num_threads(),
+    )
+    _raise_for_status(status)
+
+
+def vector_exp(x: torch.Tensor, level: str) -> torch.Tensor:
+    """exp of a fp32 vector of values <= 0 as the attention kernel of `level` computes it."""
+    if x.numel() % 16 != 0:
+        raise ValueError(f"vector_exp: expected a multiple of 16 values, got {x.numel()}")
+    library = _library()
+    out = torch.empty_like(x)
+    status = library.lwz_vector_exp(
+        x.data_ptr(), out.data_ptr(), x.numel(), _level_code(library, level)
+    )
+    _raise_for_status(status)
+    return out
+
+
+def _level_code(library: ctypes.CDLL, level: str | None) -> int:
+    return library.lwz_best_level() if level is None else LEVELS.index(level)
+
+
+def _raise_for_status(status: int) -> None:
+    if status == 0:
+        return
+    if status == _OUT_OF_MEMORY:
+        raise MemoryError("native library: out of memory for partial results")
+    raise ValueError(_STATUS_MESSAGES[status])
+
+
+def _library() -> ctypes.CDLL:
+    library, reason = _load()
+    if library is None:
+        raise RuntimeError(f"the native library is not available: {reason}")
+    return library
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and why not."""
+    spec = importlib.util.find_spec("lwz_kernels._native")
+    if spec is None or spec.origin is None:
+        return None, (
+            "lwz_kernels/_native.so was not built: install a C++ compiler and cmake, "
+            "then run pip install . again"
+        )
+    try:
+        _share_openmp_runtime()
+        library = ctypes.CDLL(spec.origin)
+    except OSError as error:
+        return None, f"{spec.origin} does not load: {error}"
+    version = library.lwz_abi_version()
+    if version != ABI_VERSION:
+        return None, (
+            f"{spec.origin} has interface version {version}, expected {ABI_VERSION}: "
+            "run pip install . again"
+        )
+    _declare(library)
+    return library, ""
+
+
+def _share_openmp_runtime() -> None:
+    """Makes the GNU OpenMP runtime that PyTorch has loaded visible to our library."""
+    path = _loaded_openmp_path() or _bundled_openmp_path() or "libgomp.so.1"
+    ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+
+
+def _loaded_openmp_path() -> str | None:
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return None
+    paths = {line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line}
+    return min(paths, default=None, key=lambda path: ("torch" not in path, path))
+
+
+def _bundled_openmp_path() -> str | None:
+    packages = Path(torch.__file__).parent.parent
+    for folder in (packages / "torch" / "lib", packages / "torch.libs"):
+        for path in sorted(folder.glob("libgomp*.so*")):
+            return str(path)
+    return None
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.lwz_paged_attention.argtypes = [
+        *[pointer] * 6,
+        *[i64] * 7,
+        ctypes.c_float,
+        *[i32] * 3,
+    ]
+    library.lwz_store_kv.argtypes = [*[pointer] * 5, *[i64] * 3, i32]
+    library.lwz_vector_exp.argtypes = [pointer, pointer, i64, i32]
+    for name in ("lwz_best_level", "lwz_paged_attention", "lwz_store_kv", "lwz_vector_exp"):
+        getattr(library, name).restype = i32

@@ -1,0 +1,1 @@
+"""Frozen dataclasses; YAML files and command-line flags are read into them."""

@@ -1,0 +1,84 @@
+"""From a YAML file and command-line flags to a frozen dataclass; every unknown key is refused."""
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import pydantic
+import tyro
+import yaml
+
+from lwz_trainer.errors import UserError
+
+__all__ = ["dump_config", "load_config", "parse_command_line"]
+
+T = TypeVar("T")
+
+
+def parse_command_line(config_class: type[T], argv: list[str], *, prog: str) -> T:
+    """`[FILE.yaml] --section.field=value …`: the file's values are the flags' defaults."""
+    default: T | None = None
+    if argv and not argv[0].startswith("-"):
+        default = load_config(config_class, Path(argv[0]))
+        argv = argv[1:]
+    return tyro.cli(
+        config_class,
+        default=default if default is not None else config_class(),
+        args=argv,
+        prog=prog,
+        config=(tyro.conf.FlagConversionOff,),
+    )
+
+
+def load_config(config_class: type[T], path: Path) -> T:
+    """Reads a YAML file; missing fields keep their defaults, unknown ones are named."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no config file {path}: pass a YAML file such as configs/cpu_demo.yaml")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read config file {path}: {error}") from error
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where else ""
+        raise UserError(f"{path}{line}: not valid YAML") from error
+    raw = raw if raw is not None else {}
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected a mapping of sections, got {type(raw).__name__}")
+    _refuse_unknown_keys(config_class, raw, path, prefix="")
+    try:
+        return pydantic.TypeAdapter(config_class).validate_python(raw)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        got = first["input"]
+        raise UserError(f"{path}: {where}: {first['msg'].lower()}, got {got!r}") from error
+
+
+def dump_config(config: Any) -> str:
+    """YAML that `load_config` reads back to an equal value."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _refuse_unknown_keys(config_class: Any, raw: dict[str, Any], path: Path, prefix: str) -> None:
+    hints = get_type_hints(config_class)
+    for key, value in raw.items():
+        name = f"{prefix}{key}"
+        if key not in hints:
+            close = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
+            known = f"did you mean '{prefix}{close[0]}'?" if close else f"known: {', '.join(hints)}"
+            raise UserError(f"{path}: unknown key '{name}'; {known}")
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                raise UserError(f"{path}: '{name}' is a section, expected a mapping, got {value!r}")
+            _refuse_unknown_keys(hints[key], value, path, prefix=f"{name}.")
+

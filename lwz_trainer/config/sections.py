@@ -1,0 +1,205 @@
+"""Sections of the training configuration that belong to the loop: data, rollout, update, output.
+
+Each field's docstring is its help text on the command line.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lwz_trainer.errors import UserError
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "LogConfig",
+    "OptimConfig",
+    "RolloutConfig",
+    "UpdateConfig",
+]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which requests, and how they are put to the model."""
+
+    prompts: str = "writing"
+    """Bundled set ("writing", "demo") or a JSONL / Parquet file with `prompt`, `length_range`."""
+    template: str = "think"
+    """"think", "direct", "think_example", "chat" (the model's own chat template), or a .txt file."""
+    chat_opened: str = "<think>"
+    """Tag opened after the chat template's generation prompt; only used with template "chat"."""
+    chat_system: str = ""
+    """System message of the chat template; empty for none."""
+    prompts_per_step: int = 4
+    """P: groups in one optimizer step, over all ranks."""
+
+    def __post_init__(self) -> None:
+        _require_positive("data", self, "prompts_per_step")
+        if self.chat_opened not in ("", "<think>", "<answer>"):
+            raise UserError(
+                f"data.chat_opened must be '', '<think>' or '<answer>', got '{self.chat_opened}'"
+            )
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Sampling and the engine's limits."""
+
+    group_size: int = 8
+    """G: completions per prompt; at least 2, since advantages are relative to the group."""
+    max_completion_tokens: int = 1024
+    """Longest completion in tokens; one that reaches it counts as truncated."""
+    temperature: float = 0.8
+    """Divides the logits before the log-softmax, in the engine and in the loss."""
+    top_p: float = 1.0
+    """Nucleus: sample from the smallest set of tokens with this probability mass."""
+    top_k: int = 0
+    """Sample from the k most likely tokens; 0 means all."""
+    stop: tuple[str, ...] = ("<|user|>", "<|endoftext|>", "</answer>")
+    """A completion ends when one of these strings appears in it."""
+    max_num_seqs: int = 64
+    """Most sequences decoded together on one rank."""
+    page_size: int = 16
+    """Tokens in one page of the KV cache."""
+    kv_cache_tokens: int = 0
+    """Size of the KV cache in tokens on one rank; 0 sizes it for max_num_seqs within memory."""
+    prefill_tokens: int = 8192
+    """Most prompt tokens processed in one forward pass."""
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            "rollout",
+            self,
+            "max_completion_tokens",
+            "temperature",
+            "max_num_seqs",
+            "page_size",
+            "prefill_tokens",
+        )
+        if self.group_size < 2:
+            raise UserError(
+                f"rollout.group_size must be at least 2, got {self.group_size}: advantages compare "
+                "the completions of one prompt"
+            )
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"rollout.top_p must be in (0, 1], got {self.top_p}")
+        _require_not_negative("rollout", self, "top_k", "kv_cache_tokens")
+        if any(not stop for stop in self.stop):
+            raise UserError("rollout.stop holds an empty string: it would end every completion")
+
+
+@dataclass(frozen=True)
+class UpdateConfig:
+    """The loss and how a rollout batch becomes gradients."""
+
+    normalizer: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
+    """Mean per sequence then over sequences; mean over tokens; or a constant length."""
+    clip_ratio_low: float = 0.2
+    """The ratio is kept above 1 - this."""
+    clip_ratio_high: float = 0.2
+    """The ratio is kept below 1 + this (DAPO: 0.28)."""
+    kl_coef: float = 0.0
+    """Weight of the KL to the initial model; above 0 a frozen copy of it is loaded."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Per-token KL estimate."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    tis_cap: float = 0.0
+    """Cap of the truncated importance weight between sampler and trainer; 0 is off."""
+    mask_truncated: bool = False
+    """Leave completions that hit the length limit out of the loss (overlong filtering)."""
+    num_minibatches: int = 1
+    """Optimizer updates per pass over a rollout batch; groups are split evenly."""
+    num_epochs: int = 1
+    """Passes over each rollout batch."""
+    microbatch_tokens: int = 8192
+    """Token budget of one packed forward and backward pass on one rank."""
+    share_prompts: bool | None = None
+    """Compute a prompt once for its whole group; unset: where the attention backend can."""
+    loss_chunk_mb: int = 128
+    """Size of one fp32 logits chunk in MB; [T, V] never exists."""
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            "update", self, "num_minibatches", "num_epochs", "microbatch_tokens", "loss_chunk_mb"
+        )
+        if not 0 <= self.clip_ratio_low < 1:
+            raise UserError(f"update.clip_ratio_low must be in [0, 1), got {self.clip_ratio_low}")
+        _require_not_negative("update", self, "clip_ratio_high", "kl_coef", "entropy_coef", "tis_cap")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW on fp32 master weights."""
+
+    lr: float = 1e-6
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after the warm-up, over num_steps."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    min_lr_frac: float = 0.0
+    """Learning rate at the end of a decay, as a fraction of lr."""
+    beta1: float = 0.9
+    """Decay of the gradient's running mean."""
+    beta2: float = 0.95
+    """Decay of the gradient's running square."""
+    eps: float = 1e-8
+    """Added to the denominator."""
+    weight_decay: float = 0.0
+    """Decoupled, on matrices only."""
+    max_grad_norm: float = 1.0
+    """Global gradient norm is clipped to this; 0 switches clipping off."""
+
+    def __post_init__(self) -> None:
+        _require_positive("optim", self, "lr", "eps")
+        _require_not_negative("optim", self, "warmup_steps", "weight_decay", "max_grad_norm")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"optim.{name} must be in [0, 1), got {getattr(self, name)}")
+        if not 0 <= self.min_lr_frac <= 1:
+            raise UserError(f"optim.min_lr_frac must be in [0, 1], got {self.min_lr_frac}")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    every: int = 10
+    """Save after every this many steps; 0 saves only at the end and on a signal."""
+    keep: int = 2
+    """Complete checkpoints kept; older ones are removed after a save."""
+    resume: bool = True
+    """Go on from the run directory's latest checkpoint if there is one."""
+    export: bool = True
+    """Write the final weights as a Hugging Face directory, `final/`."""
+
+    def __post_init__(self) -> None:
+        _require_positive("checkpoint", self, "keep")
+        _require_not_negative("checkpoint", self, "every")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is written beside metrics.jsonl and samples/."""
+
+    tensorboard: bool = True
+    """Write TensorBoard event files under tensorboard/."""
+    wandb: str = ""
+    """Project name; empty is off (needs the wandb extra)."""
+    trackio: str = ""
+    """Project name; empty is off (needs the trackio extra)."""
+    progress: bool | None = None
+    """Progress bars while sampling and training; unset: only on a terminal."""
+
+
+def _require_positive(section: str, config: object, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise UserError(f"{section}.{name} must be above 0, got {getattr(config, name)}")
+
+
+def _require_not_negative(section: str, config: object, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 0:
+            raise UserError(f"{section}.{name} must be at least 0, got {getattr(config, name)}")

@@ -1,0 +1,77 @@
+"""The whole configuration of `train`, and what must hold between its sections."""
+
+from dataclasses import dataclass, field
+
+from lwz_trainer.config.model import ModelSection
+from lwz_trainer.config.rewards import RewardsConfig
+from lwz_trainer.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    OptimConfig,
+    RolloutConfig,
+    UpdateConfig,
+)
+from lwz_trainer.errors import UserError
+
+__all__ = ["TrainConfig"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """GRPO for long-form writing: sample, score, update."""
+
+    output_dir: str = "runs/train"
+    """Everything of the run is written here: config, metrics, samples, checkpoints, weights."""
+    seed: int = 0
+    """Seeds the data order and, with step, sample and position, every sampled token."""
+    num_steps: int = 150
+    """Rollout and update rounds."""
+    device: str = "auto"
+    """"auto" (a GPU if there is one), "cpu" or "cuda"."""
+    num_threads: int = 0
+    """CPU threads of each rank; 0 shares the machine's cores among its ranks."""
+    timeout_minutes: float = 30.0
+    """A collective that waits longer than this ends the run."""
+    model: ModelSection = field(default_factory=ModelSection)
+    """The policy."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Requests and template."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """Sampling."""
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    """What is rewarded."""
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    """The loss."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """The optimizer."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Saving and resuming."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """Recording."""
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise UserError(f"num_steps must be at least 1, got {self.num_steps}")
+        if self.num_threads < 0 or self.timeout_minutes <= 0:
+            raise UserError("num_threads must be at least 0 and timeout_minutes above 0")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise UserError(f"device must be auto, cpu or cuda, got '{self.device}'")
+        if self.seed < 0:
+            raise UserError(f"seed must be at least 0, got {self.seed}")
+        if self.optim.warmup_steps >= self.num_steps and self.optim.warmup_steps > 0:
+            raise UserError(
+                f"optim.warmup_steps ({self.optim.warmup_steps}) must be below num_steps "
+                f"({self.num_steps}): the peak rate would never be reached"
+            )
+        if self.data.prompts_per_step % self.update.num_minibatches:
+            raise UserError(
+                f"data.prompts_per_step ({self.data.prompts_per_step}) must be a multiple of "
+                f"update.num_minibatches ({self.update.num_minibatches}): whole groups are split"
+            )
+        truncated = self.rollout.top_p < 1 or self.rollout.top_k > 0
+        if truncated and self.update.tis_cap > 0:
+            raise UserError(
+                "update.tis_cap corrects numerical differences; with rollout.top_p or top_k the "
+                "sampler draws from another distribution: set top_p 1 and top_k 0, or tis_cap 0"
+            )

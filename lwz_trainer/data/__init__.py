@@ -1,0 +1,1 @@
+"""Writing requests and the templates that turn them into text for the policy."""

@@ -1,0 +1,1 @@
+"""The policy network: architecture, forward pass, loading and export."""

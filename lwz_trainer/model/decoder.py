@@ -1,0 +1,169 @@
+"""The Llama-family decoder, written out for a flat row of tokens.
+
+One forward pass serves the packed update, the prefill and the paged decode: it sees [T] tokens and
+their positions, and asks `attend` for everything that mixes tokens. What those T tokens are (packed
+sequences, one prompt, one token each of many sequences) is known to `attend` alone.
+
+Projections that read the same input are one parameter: fewer, larger matrix products, and fewer
+operator calls per decoded token.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lwz_trainer.model.architecture import ModelConfig, YarnScaling
+from lwz_trainer.model.linear import linear
+from lwz_trainer.model.rotary import inverse_frequencies, rotary_tables, rotate
+
+__all__ = ["Attend", "Decoder", "DecoderLayer"]
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer index, q [T, H, K], k [T, J, K], v [T, J, K]) -> [T, H, K].
+
+q and k are already rotated. k and v may be strided views of one buffer; the scale K**-0.5 and
+the causal mask are the callable's business.
+"""
+
+
+class DecoderLayer(nn.Module):
+    """Attention and gated feed-forward, each behind an RMSNorm and added to the residual stream.
+
+    Parameters are uninitialised until a loader fills them.
+    """
+
+    def __init__(
+        self, index: int, config: ModelConfig, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.index = index
+        self.config = config
+        qkv_rows = (config.heads + 2 * config.kv_heads) * config.head_dim
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+
+        self.attn_norm = parameter(config.hidden)
+        self.qkv_proj = parameter(qkv_rows, config.hidden)
+        self.qkv_bias = parameter(qkv_rows) if config.qkv_bias else None
+        self.q_norm = parameter(config.head_dim) if config.qk_norm else None
+        self.k_norm = parameter(config.head_dim) if config.qk_norm else None
+        self.o_proj = parameter(config.hidden, config.heads * config.head_dim)
+        self.mlp_norm = parameter(config.hidden)
+        self.gate_up_proj = parameter(2 * config.ff, config.hidden)
+        self.down_proj = parameter(config.hidden, config.ff)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """Args: x [T, D], cos and sin [T, 1, K] of `rotary_tables`. Returns: [T, D]."""
+        config = self.config
+        norm_shape, eps = (config.hidden,), config.rms_eps
+        normed_TD = F.rms_norm(x, norm_shape, self.attn_norm, eps)
+        x = x + linear(self._attention(normed_TD, cos, sin, attend), self.o_proj)
+        normed_TD = F.rms_norm(x, norm_shape, self.mlp_norm, eps)
+        gate_TF, up_TF = linear(normed_TD, self.gate_up_proj).chunk(2, dim=-1)
+        return x + linear(F.silu(gate_TF) * up_TF, self.down_proj)
+
+    def _attention(self, normed: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        heads, kv_heads, head_dim = self.config.heads, self.config.kv_heads, self.config.head_dim
+        num_tokens = normed.shape[0]
+        qkv = linear(normed, self.qkv_proj, self.qkv_bias)
+        qkv = qkv.view(num_tokens, heads + 2 * kv_heads, head_dim)
+        # Queries and keys are neighbours in the fused output, so both are rotated in one go.
+        qk, v_TJK = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+        if self.q_norm is not None and self.k_norm is not None:
+            qk_weight = torch.cat((self.q_norm.expand(heads, -1), self.k_norm.expand(kv_heads, -1)))
+            qk = F.rms_norm(qk, (head_dim,), eps=self.config.rms_eps) * qk_weight
+        qk = rotate(qk, cos, sin)
+        out_THK = attend(self.index, qk[:, :heads], qk[:, heads:], v_TJK)
+        return out_THK.reshape(num_tokens, heads * head_dim)
+
+
+class Decoder(nn.Module):
+    """Embedding, decoder layers and final norm; the head is applied by whoever needs logits.
+
+    Parameters are uninitialised until a loader fills them: see `loading.load_pretrained`.
+
+    Args:
+        config: sizes and switches.
+        device: of the parameters.
+        dtype: of the parameters and activations. Norm statistics and rotary angles are fp32 (or
+            wider) whatever the type.
+    """
+
+    inv_freq: Tensor
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        device = torch.device(device)
+        embed_shape = (config.vocab_size, config.hidden)
+        self.embed = nn.Parameter(torch.empty(embed_shape, device=device, dtype=dtype))
+        self.layers = nn.ModuleList(
+            DecoderLayer(index, config, device=device, dtype=dtype)
+            for index in range(config.layers)
+        )
+        self.final_norm = nn.Parameter(torch.empty(config.hidden, device=device, dtype=dtype))
+        self.lm_head = (
+            None
+            if config.tie_embeddings
+            else nn.Parameter(torch.empty(embed_shape, device=device, dtype=dtype))
+        )
+        self.register_buffer("inv_freq", inverse_frequencies(config).to(device), persistent=False)
+        scaling = config.rope_scaling
+        self.attention_factor = (
+            scaling.attention_factor if isinstance(scaling, YarnScaling) else 1.0
+        )
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output head [V, D]: the embedding itself where the two are tied."""
+        return self.embed if self.lm_head is None else self.lm_head
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Decoder":
+        # `.to(dtype)` reaches here. Rounded frequencies would move every angle, so the buffer
+        # follows the device of the parameters but never their type.
+        super()._apply(fn, recurse)
+        self.inv_freq = inverse_frequencies(self.config).to(self.embed.device)
+        return self
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attend: Attend,
+        *,
+        checkpoint_layers: bool = False,
+    ) -> Tensor:
+        """Hidden states after the final norm.
+
+        Args:
+            input_ids: [T] int.
+            position_ids: [T] int, each token's position in its own sequence.
+            attend: mixes tokens; called once per layer (again in the backward pass with
+                `checkpoint_layers`).
+            checkpoint_layers: keep only the input of each layer for the backward pass.
+
+        Returns:
+            [T, D] of the parameters' type.
+        """
+        x_TD = F.embedding(input_ids, self.embed)
+        cos, sin = rotary_tables(position_ids, self.inv_freq, self.attention_factor, x_TD.dtype)
+        recompute = checkpoint_layers and torch.is_grad_enabled()
+        for layer in self.layers:
+            if recompute:
+                # The decoder draws no random numbers, so no generator state needs to be kept.
+                x_TD = checkpoint(
+                    layer, x_TD, cos, sin, attend, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x_TD = layer(x_TD, cos, sin, attend)
+        return F.rms_norm(x_TD, (self.config.hidden,), self.final_norm, self.config.rms_eps)

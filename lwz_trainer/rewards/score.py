@@ -1,0 +1,213 @@
+"""Scores samples: the one way from a completion's text to its rewards."""
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from lwz_trainer.config.rewards import RewardsConfig
+from lwz_trainer.rewards.length import length_reward
+from lwz_trainer.rewards.redundancy import Redundancy, embedding_redundancy, shingle_redundancy
+from lwz_trainer.rewards.structure import Completion, parse_completion
+from lwz_trainer.rewards.text import Span, count_words
+
+if TYPE_CHECKING:
+    import torch
+
+    from lwz_trainer.rewards.writing import WritingReward
+
+__all__ = ["RewardParts", "RewardSample", "Scorer", "stack_rewards"]
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RewardSample:
+    """What a reward may look at.
+
+    Args:
+        prompt: the writing request, without the template.
+        length_range: fewest and most words asked for; None if the request does not say.
+        completion: the tag that the template left open, if any, and what the model wrote.
+        stopped_at_answer: the sampler stopped at the stop string </answer>.
+    """
+
+    prompt: str
+    length_range: tuple[int, int] | None
+    completion: str
+    stopped_at_answer: bool
+
+
+@dataclass(frozen=True)
+class RewardParts:
+    """One scored sample.
+
+    Args:
+        completion: thinking and answer.
+        num_think_words: words of the thinking.
+        num_answer_words: words of the answer.
+        redundancy: share of the answer that repeats itself.
+        repeated_spans: character positions in `completion.answer` of the repeating passages.
+        rewards: raw reward by name, for each reward that is switched on. NaN is a missing score: a
+            failed one, unless the name is in `not_applicable`.
+        not_applicable: rewards that the prompt does not ask for ("length" without a range). Their
+            NaN is no failure.
+        is_truncated_for_writing: the reward model did not read the answer to its end.
+    """
+
+    completion: Completion
+    num_think_words: int
+    num_answer_words: int
+    redundancy: float
+    repeated_spans: tuple[Span, ...]
+    rewards: dict[str, float]
+    not_applicable: frozenset[str]
+    is_truncated_for_writing: bool
+
+
+class Scorer:
+    """Holds the reward models, if any, and scores samples.
+
+    Args:
+        config: section `rewards`.
+        kind: which form the template asks for.
+        device: where the reward model and the sentence encoder run.
+    Raises:
+        UserError: if a model cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        config: RewardsConfig,
+        kind: Literal["think", "direct"],
+        device: "torch.device | str" = "cpu",
+    ) -> None:
+        self.config = config
+        self.kind: Literal["think", "direct"] = kind
+        self.writing: WritingReward | None = None
+        self.encode: Callable[[list[str]], np.ndarray] | None = None
+        # The models bring in transformers, which a run without them does not wait for.
+        if config.writing.weight > 0:
+            from lwz_trainer.rewards import writing
+
+            self.writing = writing.WritingReward(config.writing, device)
+        if config.format.redundancy == "embedding":
+            from lwz_trainer.rewards import encoder
+
+            self.encode = encoder.SentenceEncoder(config.format.encoder, device)
+
+    def score_samples(self, samples: list[RewardSample]) -> list[RewardParts]:
+        """Scores all samples, in order; a score does not depend on the other samples."""
+        completions = [
+            parse_completion(
+                sample.completion,
+                kind=self.kind,
+                mode=self.config.format.structure,
+                stopped_at_answer=sample.stopped_at_answer,
+            )
+            for sample in samples
+        ]
+        if self.writing is None:
+            writing_scores, is_truncated = [math.nan] * len(samples), [False] * len(samples)
+        else:
+            writing = self.writing.score(
+                [sample.prompt for sample in samples],
+                [completion.answer for completion in completions],
+            )
+            writing_scores, is_truncated = writing.scores, writing.is_truncated
+            for reason, count in Counter(writing.failures).items():
+                _logger.warning("reward 'writing' failed for %d completions: %s", count, reason)
+        return [
+            self._parts(sample, completion, writing_score, was_cut)
+            for sample, completion, writing_score, was_cut in zip(
+                samples, completions, writing_scores, is_truncated, strict=True
+            )
+        ]
+
+    def _parts(
+        self, sample: RewardSample, completion: Completion, writing_score: float, was_cut: bool
+    ) -> RewardParts:
+        num_answer_words = count_words(completion.answer)
+        redundancy = self._redundancy(completion.answer)
+        rewards = {
+            "length": self._length_reward(sample, num_answer_words),
+            "format": completion.structure * (1 - redundancy.score),
+            "writing": writing_score,
+        }
+        rewards = {name: rewards[name] for name in self.config.weights}
+        is_unasked = "length" in rewards and sample.length_range is None
+        return RewardParts(
+            completion=completion,
+            num_think_words=count_words(completion.think),
+            num_answer_words=num_answer_words,
+            redundancy=redundancy.score,
+            repeated_spans=redundancy.spans,
+            rewards=rewards,
+            not_applicable=frozenset({"length"} if is_unasked else ()),
+            is_truncated_for_writing=was_cut,
+        )
+
+    def _length_reward(self, sample: RewardSample, num_words: int) -> float:
+        if sample.length_range is None:
+            return math.nan
+        if num_words == 0:
+            return 0.0  # A range from 0 ("at most 100 words") does not pay for writing nothing.
+        return length_reward(num_words, sample.length_range, self.config.length.n_max)
+
+    def _redundancy(self, answer: str) -> Redundancy:
+        config = self.config.format
+        if config.redundancy == "off":
+            return Redundancy(score=0.0, spans=(), num_units=0)
+        if self.encode is not None:
+            return embedding_redundancy(
+                answer,
+                threshold=config.threshold,
+                shingle_size=config.shingle_size,
+                encode=self.encode,
+            )
+        return shingle_redundancy(
+            answer, threshold=config.threshold, shingle_size=config.shingle_size
+        )
+
+
+def stack_rewards(
+    parts: list[RewardParts], group_size: int
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Rewards and their applicability, as `group_advantages` takes them.
+
+    A missing answer must not win: reward models have not learned what an empty one is worth. Its
+    writing reward is held at or below the lowest of the written answers in its group.
+
+    Args:
+        parts: P * G scored samples; the G members of a group stand together.
+        group_size: G.
+    Returns:
+        rewards: name to [P, G] float64, NaN where missing.
+        is_applicable: name to [P, G] bool.
+    """
+    if not parts or len(parts) % group_size:
+        raise ValueError(
+            f"parts must hold whole groups of {group_size}, got {len(parts)} scored samples"
+        )
+    shape = (len(parts) // group_size, group_size)
+    names = list(parts[0].rewards)
+    rewards = {
+        name: np.array([part.rewards[name] for part in parts], np.float64).reshape(shape)
+        for name in names
+    }
+    if "writing" in rewards:
+        is_written = np.array([part.completion.answer != "" for part in parts]).reshape(shape)
+        lowest_P1 = np.nanmin(
+            np.where(is_written, rewards["writing"], np.inf), axis=1, initial=np.inf, keepdims=True
+        )
+        capped = np.minimum(rewards["writing"], lowest_P1)
+        rewards["writing"] = np.where(is_written, rewards["writing"], capped)
+    is_applicable = {
+        name: np.array([name not in part.not_applicable for part in parts], bool).reshape(shape)
+        for name in names
+    }
+    return rewards, is_applicable

@@ -1,0 +1,313 @@
+"""Samples completions: admit, prefill, decode, sample, collect, until every group is complete.
+
+The engine runs the trainer's own module on the trainer's own parameters. Its cache lives only
+inside `generate`, so no page can outlast an update of the weights.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lwz_kernels.attention import AttentionPlan
+from lwz_kernels.policy_loss import head_operand, matmul_wide
+from lwz_trainer.config.sections import RolloutConfig
+from lwz_trainer.errors import UserError
+from lwz_trainer.model.decoder import Decoder
+from lwz_trainer.rollout.attend import DecodeAttend, PrefillAttend
+from lwz_trainer.rollout.kv_cache import PageAllocator, PagedKVCache, num_pages_for
+from lwz_trainer.rollout.sampling import keyed_uniforms, sample_tokens
+from lwz_trainer.rollout.scheduler import PromptEntry, Scheduler
+from lwz_trainer.rollout.sequence import Request, Sample, Sequence
+from lwz_trainer.rollout.stopping import StopChecker
+
+__all__ = ["EngineStats", "RolloutEngine", "RolloutInterrupted"]
+
+Progress = Callable[[int, int], None]
+
+
+class RolloutInterrupted(Exception):
+    """The caller's `should_stop` said so; nothing of this rollout is kept."""
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Of one `generate`."""
+
+    num_tokens: int
+    num_decode_steps: int
+    num_prefill_tokens: int
+    num_preemptions: int
+    peak_kv_frac: float
+    seconds: float
+
+
+@dataclass(eq=False)
+class _Phase:
+    """State of one `generate`."""
+
+    scheduler: Scheduler
+    cache: PagedKVCache
+    page_table: Tensor
+    head_VD: Tensor
+    num_decode_steps: int = 0
+    num_prefill_tokens: int = 0
+    num_tokens: int = 0
+    peak_pages: int = 0
+
+
+class RolloutEngine:
+    """Continuous batching over a paged KV cache."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: "object",
+        *,
+        eos_ids: tuple[int, ...],
+        config: RolloutConfig,
+        memory_limit_bytes: int,
+    ) -> None:
+        self._model = model
+        self._config = config
+        self._memory_limit_bytes = memory_limit_bytes
+        self._stops = StopChecker(
+            tokenizer,  # type: ignore[arg-type]
+            stop=config.stop,
+            eos_ids=eos_ids,
+            max_tokens=config.max_completion_tokens,
+        )
+        self.expected_completion_tokens = float(config.max_completion_tokens)
+        """Running estimate that admission goes by; carried from rollout to rollout."""
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        requests: list[Request],
+        *,
+        seed: int,
+        step: int,
+        policy_version: int,
+        on_progress: Progress | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> tuple[list[Sample], EngineStats]:
+        """All samples of all requests, in order of their sample numbers."""
+        started = time.perf_counter()
+        phase = self._begin(requests)
+        scheduler = phase.scheduler
+        samples: list[Sample] = []
+        while scheduler.waiting or scheduler.running:
+            if should_stop is not None and should_stop():
+                raise RolloutInterrupted
+            sequences, hidden_BD = self._prefill(phase)
+            if sequences:
+                self._sample(phase, sequences, hidden_BD, seed=seed, step=step)
+                samples += self._collect(scheduler, sequences, policy_version)
+            sequences, hidden_BD = self._decode(phase)
+            if sequences:
+                self._sample(phase, sequences, hidden_BD, seed=seed, step=step)
+                samples += self._collect(scheduler, sequences, policy_version)
+            if on_progress is not None:
+                on_progress(len(samples), phase.num_tokens)
+        allocator = scheduler.allocator
+        assert allocator.num_free == allocator.num_pages, "a page was not released"
+        self.expected_completion_tokens = scheduler.expected_completion_tokens
+        return sorted(samples, key=lambda sample: sample.sample), EngineStats(
+            num_tokens=phase.num_tokens,
+            num_decode_steps=phase.num_decode_steps,
+            num_prefill_tokens=phase.num_prefill_tokens,
+            num_preemptions=scheduler.num_preemptions,
+            peak_kv_frac=phase.peak_pages / allocator.num_pages,
+            seconds=time.perf_counter() - started,
+        )
+
+    def _begin(self, requests: list[Request]) -> _Phase:
+        config, model = self._config, self._model.config
+        weight = self._model.head_weight
+        longest = max(len(request.prompt_ids) for request in requests)
+        pages_each = num_pages_for(longest + config.max_completion_tokens, config.page_size) + 1
+        num_samples = sum(len(request.samples) for request in requests)
+        max_num_seqs = min(config.max_num_seqs, num_samples)
+        num_pages = self._num_pages(pages_each, max_num_seqs, weight.element_size())
+        return _Phase(
+            scheduler=Scheduler(
+                requests,
+                allocator=PageAllocator(num_pages),
+                page_size=config.page_size,
+                max_num_seqs=max_num_seqs,
+                max_completion_tokens=config.max_completion_tokens,
+                expected_completion_tokens=self.expected_completion_tokens,
+            ),
+            cache=PagedKVCache(
+                num_layers=model.layers,
+                num_pages=num_pages,
+                page_size=config.page_size,
+                num_kv_heads=model.kv_heads,
+                head_dim=model.head_dim,
+                dtype=weight.dtype,
+                device=weight.device,
+            ),
+            page_table=torch.zeros(max_num_seqs, pages_each, dtype=torch.int32),
+            head_VD=head_operand(weight),
+        )
+
+    def _num_pages(self, pages_each: int, max_num_seqs: int, element_size: int) -> int:
+        """Enough for all rows at full length, or what the memory limit or the config allows."""
+        config, model = self._config, self._model.config
+        page_bytes = (
+            2 * model.layers * config.page_size * model.kv_heads * model.head_dim
+        ) * element_size
+        wanted = pages_each * (max_num_seqs + 1)
+        limit = self._memory_limit_bytes // page_bytes
+        if config.kv_cache_tokens:
+            wanted = limit = num_pages_for(config.kv_cache_tokens, config.page_size)
+        num_pages = min(wanted, limit)
+        if num_pages < pages_each:
+            raise UserError(
+                f"the KV cache has room for {num_pages * config.page_size} tokens, one sequence may "
+                f"need {pages_each * config.page_size}: lower rollout.max_completion_tokens or raise "
+                "rollout.kv_cache_tokens"
+            )
+        return num_pages
+
+    def _prefill(self, phase: _Phase) -> tuple[list[Sequence], Tensor]:
+        """Admits what fits and fills its pages; fresh sequences return with the prompt's hidden."""
+        prompts, fresh, resumed = phase.scheduler.admit()
+        self._fill_pages(phase, prompts, resumed)
+        self._copy_tail_pages(phase, fresh)
+        phase.scheduler.release_prompts(fresh)
+        for sequence in [*resumed, *(sequence for sequence, _ in fresh)]:
+            self._write_page_row(phase, sequence)
+        hidden = [entry.last_hidden for _, entry in fresh if entry.last_hidden is not None]
+        assert len(hidden) == len(fresh), "a group was admitted before its prompt was computed"
+        return [sequence for sequence, _ in fresh], torch.stack(hidden) if hidden else torch.empty(0)
+
+    def _fill_pages(
+        self, phase: _Phase, prompts: list[PromptEntry], resumed: list[Sequence]
+    ) -> None:
+        """Packed forward passes of at most `prefill_tokens`; prompts keep their last hidden."""
+        jobs: list[tuple[list[int], list[int], PromptEntry | None]] = [
+            *((entry.prompt_ids, entry.pages, entry) for entry in prompts),
+            *((sequence.cached_ids(), sequence.pages, None) for sequence in resumed),
+        ]
+        while jobs:
+            pack, total = [], 0
+            while jobs and (not pack or total + len(jobs[0][0]) <= self._config.prefill_tokens):
+                pack.append(jobs.pop(0))
+                total += len(pack[-1][0])
+            hidden_TD, ends = self._forward_pack(phase, [(ids, pages) for ids, pages, _ in pack])
+            phase.num_prefill_tokens += total
+            for (_, _, entry), end in zip(pack, ends, strict=True):
+                if entry is not None:
+                    entry.last_hidden = hidden_TD[end - 1].clone()
+
+    def _forward_pack(
+        self, phase: _Phase, pack: list[tuple[list[int], list[int]]]
+    ) -> tuple[Tensor, list[int]]:
+        device, page_size = phase.head_VD.device, self._config.page_size
+        cu_seqlens = [0]
+        ids: list[int] = []
+        slots: list[Tensor] = []
+        for token_ids, pages in pack:
+            ids += token_ids
+            cu_seqlens.append(len(ids))
+            offsets = torch.arange(len(token_ids))
+            slots.append(torch.tensor(pages)[offsets // page_size] * page_size + offsets % page_size)
+        positions = torch.cat([torch.arange(len(token_ids)) for token_ids, _ in pack])
+        attend = PrefillAttend(
+            phase.cache, AttentionPlan(cu_seqlens), torch.cat(slots).to(device)
+        )
+        hidden_TD = self._model(torch.tensor(ids, device=device), positions.to(device), attend)
+        return hidden_TD, cu_seqlens[1:]
+
+    def _copy_tail_pages(self, phase: _Phase, fresh: list[tuple[Sequence, PromptEntry]]) -> None:
+        """The partly filled last page of a prompt is the one page that members cannot share."""
+        sources, targets = [], []
+        for sequence, entry in fresh:
+            full = sequence.num_cached // self._config.page_size
+            sources += entry.pages[full:]
+            targets += sequence.pages[full:]
+        phase.cache.copy_pages(sources, targets)
+
+    def _decode(self, phase: _Phase) -> tuple[list[Sequence], Tensor]:
+        """One forward pass over the last token of every running sequence."""
+        scheduler, page_size = phase.scheduler, self._config.page_size
+        scheduler.make_room()
+        running = list(scheduler.running)
+        if not running:
+            return [], torch.empty(0)
+        for sequence in running:
+            if sequence.num_cached % page_size == 0:
+                self._write_page_row(phase, sequence)
+        used = scheduler.allocator.num_pages - scheduler.allocator.num_free
+        phase.peak_pages = max(phase.peak_pages, used)
+        device = phase.head_VD.device
+        positions_B = torch.tensor([sequence.num_cached for sequence in running])
+        rows = [sequence.row for sequence in running]
+        num_columns = int(positions_B.max()) // page_size + 1
+        page_table_BP = phase.page_table[rows, :num_columns]
+        pages_B = page_table_BP.gather(1, (positions_B // page_size)[:, None]).squeeze(1).long()
+        attend = DecodeAttend(
+            phase.cache,
+            page_table_BP.to(device),
+            (positions_B + 1).int().to(device),
+            (pages_B * page_size + positions_B % page_size).to(device),
+        )
+        ids_B = torch.tensor([sequence.tokens[-1] for sequence in running], device=device)
+        hidden_BD = self._model(ids_B, positions_B.to(device), attend)
+        for sequence in running:
+            sequence.num_cached += 1
+        phase.num_decode_steps += 1
+        return running, hidden_BD
+
+    def _write_page_row(self, phase: _Phase, sequence: Sequence) -> None:
+        pages = torch.tensor(sequence.pages, dtype=torch.int32)
+        phase.page_table[sequence.row, : len(pages)] = pages
+
+    def _sample(
+        self, phase: _Phase, sequences: list[Sequence], hidden_BD: Tensor, *, seed: int, step: int
+    ) -> None:
+        config, device = self._config, hidden_BD.device
+        logits_BV = matmul_wide(hidden_BD, phase.head_VD.t())
+        samples_B = torch.tensor([sequence.sample for sequence in sequences], device=device)
+        positions_B = torch.tensor([len(sequence.tokens) for sequence in sequences], device=device)
+        tokens_B, logprobs_B = sample_tokens(
+            logits_BV,
+            keyed_uniforms(seed, step, samples_B, positions_B),
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+        )
+        for sequence, token, logprob in zip(
+            sequences, tokens_B.tolist(), logprobs_B.tolist(), strict=True
+        ):
+            sequence.tokens.append(token)
+            sequence.logprobs.append(logprob)
+        phase.num_tokens += len(sequences)
+
+    def _collect(
+        self, scheduler: Scheduler, sequences: list[Sequence], policy_version: int
+    ) -> list[Sample]:
+        finished = []
+        for sequence in sequences:
+            end = self._stops.check(sequence.tokens)
+            if end is None:
+                continue
+            reason, stop_string = end
+            scheduler.finish(sequence)
+            finished.append(
+                Sample(
+                    group=sequence.group,
+                    sample=sequence.sample,
+                    prompt_ids=sequence.prompt_ids,
+                    completion_ids=sequence.tokens,
+                    logprobs=sequence.logprobs,
+                    text=self._stops.text(sequence.tokens, reason, stop_string),
+                    finish_reason=reason,
+                    stop_string=stop_string,
+                    policy_version=policy_version,
+                )
+            )
+        return finished

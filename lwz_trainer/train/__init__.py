@@ -1,0 +1,1 @@
+"""`train`: the GRPO loop and everything that a run writes."""

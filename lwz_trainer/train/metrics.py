@@ -1,0 +1,81 @@
+"""Numbers of one step, from the records of all its samples."""
+
+import math
+import resource
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["peak_memory_gb", "sample_metrics", "step_warnings"]
+
+
+def sample_metrics(records: list[dict[str, Any]]) -> dict[str, float]:
+    """Means over samples; a reward that failed is left out of its mean."""
+
+    def column(name: str) -> np.ndarray:
+        return np.array([record[name] for record in records], dtype=np.float64)
+
+    metrics: dict[str, float] = {}
+    for key in records[0]:
+        if key.startswith("reward_"):
+            name, values = key.removeprefix("reward_"), column(key)
+            scored = values[~np.isnan(values)]
+            metrics[f"reward/{name}"] = float(scored.mean()) if scored.size else math.nan
+            metrics[f"reward/{name}_std"] = float(scored.std()) if scored.size else math.nan
+            metrics[f"reward/{name}_failed_frac"] = 1 - scored.size / values.size
+    structure = column("structure")
+    tokens, truncated = column("num_completion_tokens"), column("truncated")
+    untruncated = tokens[truncated == 0]
+    metrics |= {
+        "reward/structure": float(structure.mean()),
+        "reward/strict_frac": float((structure == 1).mean()),
+        "reward/redundancy": float(column("redundancy").mean()),
+        "words/answer_mean": float(column("words_answer").mean()),
+        "words/think_mean": float(column("words_think").mean()),
+        "tokens/completion_mean": float(tokens.mean()),
+        "tokens/completion_max": float(tokens.max()),
+        "truncated_frac": float(truncated.mean()),
+        "zero_spread_frac": _zero_spread_frac(records),
+        "distinct_frac": _distinct_frac(records),
+    }
+    if untruncated.size:
+        metrics["tokens/completion_mean_untruncated"] = float(untruncated.mean())
+    return metrics
+
+
+def step_warnings(metrics: dict[str, float]) -> list[str]:
+    """Signs that a run is not learning, in words."""
+    rules = (
+        ("truncated_frac", 0.999, "every completion was truncated: raise max_completion_tokens"),
+        ("zero_spread_frac", 0.5, "more than half of the groups have no spread in any reward"),
+        ("clip_frac_low", 0.3, "more than 30% of tokens are clipped below"),
+        ("clip_frac_high", 0.3, "more than 30% of tokens are clipped above"),
+        ("sampler/prob_diff_mean", 0.01, "sampler and trainer disagree on probabilities"),
+    )
+    found = [text for name, limit, text in rules if metrics.get(name, 0.0) > limit]
+    if metrics["distinct_frac"] < 1:
+        found.append("some completions of a group are identical")
+    return found
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak of this process so far: resident on a CPU, allocated on a GPU, in units of 1e9 bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def _zero_spread_frac(records: list[dict[str, Any]]) -> float:
+    """Share of groups in which every advantage is 0."""
+    groups: dict[int, bool] = {}
+    for record in records:
+        groups[record["group"]] = groups.get(record["group"], False) or record["advantage"] != 0
+    return 1 - sum(groups.values()) / len(groups)
+
+
+def _distinct_frac(records: list[dict[str, Any]]) -> float:
+    distinct = {(record["group"], tuple(record["completion_ids"])) for record in records}
+    return len(distinct) / len(records)

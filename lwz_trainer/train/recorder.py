@@ -1,0 +1,137 @@
+"""Where numbers go: metrics.jsonl always, TensorBoard by default, wandb and trackio on request."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from lwz_trainer.config.reading import dump_config
+from lwz_trainer.config.train import TrainConfig
+from lwz_trainer.errors import UserError
+
+__all__ = ["Recorder", "prepare_run_dir"]
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def prepare_run_dir(config: TrainConfig) -> Path:
+    """Creates the run directory, proves that it can be written, and saves the resolved config."""
+    run_dir = Path(config.output_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / ".write_probe"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to output_dir {run_dir} ({error.strerror}): pass another output_dir"
+        ) from error
+    if not config.checkpoint.resume and (run_dir / METRICS_FILE).exists():
+        raise UserError(
+            f"output_dir {run_dir} already holds a run: pass another output_dir, or "
+            "--checkpoint.resume=True to go on with it"
+        )
+    partial = run_dir / ".config.yaml.partial"
+    partial.write_text(dump_config(config), encoding="utf-8")
+    os.replace(partial, run_dir / "config.yaml")
+    return run_dir
+
+
+class Recorder:
+    """Appends one line a step and forwards it to the trackers that are switched on."""
+
+    def __init__(self, config: TrainConfig, run_dir: Path, *, num_steps_done: int) -> None:
+        self._path = run_dir / METRICS_FILE
+        self.history = _keep_first_steps(self._path, num_steps_done)
+        for path in (run_dir / "samples").glob("step_*.parquet"):
+            if int(path.stem.removeprefix("step_")) > num_steps_done:
+                path.unlink()
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        self._trackio: Any = None
+        if config.log.tensorboard:
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            self._tensorboard = SummaryWriter(
+                str(run_dir / "tensorboard"), purge_step=num_steps_done + 1
+            )
+        settings = {"name": run_dir.name, "config": json.loads(json.dumps(_as_dict(config)))}
+        if config.log.wandb:
+            wandb = _import_extra("wandb")
+            self._wandb = wandb.init(project=config.log.wandb, dir=str(run_dir), **settings)
+        if config.log.trackio:
+            self._trackio = _import_extra("trackio")
+            self._trackio.init(project=config.log.trackio, **settings)
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        """One step; NaN is written as null."""
+        self.history.append(metrics)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(_json_line(metrics))
+        numbers = {
+            name: value
+            for name, value in metrics.items()
+            if isinstance(value, int | float) and math.isfinite(value) and name != "step"
+        }
+        step = metrics["step"]
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+        if self._trackio is not None:
+            self._trackio.log(numbers, step=step)
+
+    def close(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        if self._trackio is not None:
+            self._trackio.finish()
+
+
+def _keep_first_steps(path: Path, num_steps: int) -> list[dict[str, Any]]:
+    """Drops what a killed run wrote after the checkpoint that it goes on from."""
+    if not path.exists():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break  # the line that the kill tore; every later step is sampled again
+        if record["step"] > num_steps:
+            break
+        kept.append(record)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(_json_line(record) for record in kept), encoding="utf-8")
+    os.replace(partial, path)
+    return kept
+
+
+def _json_line(metrics: dict[str, Any]) -> str:
+    def finite(value: Any) -> Any:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    plain = {name: finite(value) for name, value in metrics.items()}
+    return json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _as_dict(config: TrainConfig) -> dict[str, Any]:
+    import dataclasses
+
+    return dataclasses.asdict(config)
+
+
+def _import_extra(name: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(
+            f"log.{name} is set, but {name} is not installed: pip install 'longwriter-zero[{name}]'"
+        ) from error

@@ -1,0 +1,1 @@
+"""From scored samples to changed weights: packing, loss, optimizer."""

@@ -1,0 +1,328 @@
+"""One rollout batch to one or more optimizer steps, with one global normaliser each.
+
+The loss of an update is a plain sum over tokens of all micro-batches and ranks: token weights carry
+the counts, which are global and fixed before the first backward, so neither packing nor the number
+of ranks changes the result beyond rounding.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lwz_kernels.attention import AttentionPlan, attention
+from lwz_kernels.policy_loss import (
+    PolicyLossConfig,
+    linear_logprobs,
+    linear_policy_loss,
+    loss_token_weights,
+)
+from lwz_trainer.config.sections import UpdateConfig
+from lwz_trainer.errors import TrainingStopped
+from lwz_trainer.model.decoder import Decoder
+from lwz_trainer.parallel import Ranks
+from lwz_trainer.update.optimizer import FlatAdamW
+from lwz_trainer.update.packing import MicroBatch, TrainSample, pack_samples
+
+__all__ = ["PackedAttend", "PolicyUpdate", "UpdateMetrics"]
+
+SUMS = (
+    "num_tokens_sum",
+    "clip_low_sum",
+    "clip_high_sum",
+    "ratio_sum",
+    "kl_sum",
+    "entropy_sum",
+    "logprob_diff_sum",
+    "prob_diff_sum",
+    "importance_sum",
+    "importance_sq_sum",
+)
+MAXIMA = ("ratio_max", "logprob_diff_max")
+
+
+@dataclass(frozen=True)
+class PackedAttend:
+    """Packed causal attention for the update."""
+
+    plan: AttentionPlan
+    impl: str
+
+    def __call__(self, layer: int, q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor) -> Tensor:
+        del layer  # every layer attends alike; the engine's cache is what needs the number
+        return attention(q_THK, k_TJK, v_TJK, self.plan, impl=self.impl)
+
+
+@dataclass(frozen=True)
+class UpdateMetrics:
+    """Means over loss tokens of all updates of one rollout batch."""
+
+    values: dict[str, float]
+    num_packed_tokens: int
+    num_updates: int
+
+
+class PolicyUpdate:
+    """Gradients and optimizer steps; owns no weights."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        optimizer: FlatAdamW,
+        ranks: Ranks,
+        config: UpdateConfig,
+        *,
+        ref_model: Decoder | None,
+        temperature: float,
+        max_completion_tokens: int,
+        attention_impl: str,
+        checkpoint_layers: bool,
+    ) -> None:
+        assert (ref_model is not None) == (config.kl_coef > 0), "a KL term needs its reference"
+        self._model = model
+        self._optimizer = optimizer
+        self._ranks = ranks
+        self._config = config
+        self._ref_model = ref_model
+        self._temperature = temperature
+        self._max_completion_tokens = max_completion_tokens
+        self._attention_impl = attention_impl
+        self._checkpoint_layers = checkpoint_layers
+        self._loss_config = PolicyLossConfig(
+            clip_ratio_low=config.clip_ratio_low,
+            clip_ratio_high=config.clip_ratio_high,
+            kl_coef=config.kl_coef,
+            kl_estimator=config.kl_estimator,
+            entropy_coef=config.entropy_coef,
+            tis_cap=config.tis_cap,
+        )
+        shares = config.share_prompts
+        can_share = ranks.device.type == "cpu" or attention_impl in ("sdpa", "reference")
+        self._share_prompts = can_share if shares is None else shares
+
+    def run(
+        self,
+        samples: list[TrainSample],
+        *,
+        num_groups: int,
+        lr: float,
+        on_microbatch: Callable[[int, int], None] | None = None,
+    ) -> UpdateMetrics:
+        """All updates of a rollout batch: `num_epochs` passes of `num_minibatches` each.
+
+        Args:
+            samples: this rank's samples.
+            num_groups: groups in the whole rollout batch, over all ranks.
+            lr: learning rate of these updates.
+            on_microbatch: called with (micro-batches done, in all) of the current update.
+
+        Raises:
+            TrainingStopped: a loss or gradient is not finite; the weights were not touched.
+        """
+        config = self._config
+        minibatches = [self._pack(part) for part in self._split(samples, num_groups)]
+        is_on_policy = config.num_minibatches * config.num_epochs == 1
+        old = {} if is_on_policy else self._logprobs(self._model, minibatches)
+        ref = {} if self._ref_model is None else self._logprobs(self._ref_model, minibatches)
+        totals = _Totals()
+        for _ in range(config.num_epochs):
+            for batches in minibatches:
+                self._update(batches, old, ref, totals, lr=lr, on_microbatch=on_microbatch)
+        return totals.reduce(self._ranks)
+
+    def _split(self, samples: list[TrainSample], num_groups: int) -> Iterator[list[TrainSample]]:
+        """Groups 0..n-1, n..2n-1, …: the same parts on every rank, some of them maybe empty."""
+        per_part = num_groups // self._config.num_minibatches
+        for part in range(self._config.num_minibatches):
+            yield [sample for sample in samples if sample.group // per_part == part]
+
+    def _pack(self, samples: list[TrainSample]) -> list[MicroBatch]:
+        return pack_samples(
+            samples,
+            budget_tokens=self._config.microbatch_tokens,
+            share_prompts=self._share_prompts,
+        )
+
+    def _hidden(self, model: Decoder, batch: MicroBatch, *, checkpoint_layers: bool) -> Tensor:
+        """Hidden states [R, D] of the positions that predict the completion tokens."""
+        device = self._ranks.device
+        attend = PackedAttend(
+            AttentionPlan(batch.cu_seqlens, batch.prefix_of), self._attention_impl
+        )
+        hidden_TD = model(
+            batch.input_ids_T.to(device),
+            batch.position_ids_T.to(device),
+            attend,
+            checkpoint_layers=checkpoint_layers,
+        )
+        return hidden_TD[batch.row_index_R.to(device)]
+
+    @torch.no_grad()
+    def _logprobs(self, model: Decoder, minibatches: list[list[MicroBatch]]) -> dict[int, Tensor]:
+        """Log-probs [R] of each micro-batch, by its identity, under a fixed model."""
+        device = self._ranks.device
+        return {
+            id(batch): linear_logprobs(
+                self._hidden(model, batch, checkpoint_layers=False),
+                model.head_weight,
+                batch.labels_R.to(device),
+                temperature=self._temperature,
+                chunk_bytes=self._config.loss_chunk_mb * 1_000_000,
+            )[0]
+            for batches in minibatches
+            for batch in batches
+        }
+
+    def _update(
+        self,
+        batches: list[MicroBatch],
+        old: dict[int, Tensor],
+        ref: dict[int, Tensor],
+        totals: "_Totals",
+        *,
+        lr: float,
+        on_microbatch: Callable[[int, int], None] | None,
+    ) -> None:
+        counts = self._count(batches)
+        totals.num_updates += 1
+        if counts[0] == 0:
+            return
+        self._optimizer.zero_grad()
+        losses = []
+        for done, batch in enumerate(batches, start=1):
+            loss, metrics = self._loss(batch, old.get(id(batch)), ref.get(id(batch)), counts)
+            loss.backward()
+            losses.append(loss.detach())
+            totals.add(metrics, loss.detach(), batch.num_tokens)
+            if on_microbatch is not None:
+                on_microbatch(done, len(batches))
+        self._optimizer.all_reduce_grads(self._ranks.group)
+        grad_norm = self._optimizer.grad_norm()
+        self._refuse_non_finite(batches, losses, grad_norm, old, ref, counts)
+        self._optimizer.step(lr=lr, grad_norm=grad_norm)
+        totals.grad_norm += float(grad_norm)
+
+    def _loss(
+        self,
+        batch: MicroBatch,
+        old_logprobs: Tensor | None,
+        ref_logprobs: Tensor | None,
+        counts: tuple[int, int],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        device = self._ranks.device
+        weights_R = loss_token_weights(
+            batch.loss_mask_R,
+            batch.completion_cu_seqlens,
+            normalizer=self._config.normalizer,
+            num_loss_tokens=counts[0],
+            num_sequences=counts[1],
+            max_completion_tokens=self._max_completion_tokens,
+        )
+        return linear_policy_loss(
+            self._hidden(self._model, batch, checkpoint_layers=self._checkpoint_layers),
+            self._model.head_weight,
+            batch.labels_R.to(device),
+            batch.advantages_R.to(device),
+            weights_R.to(device),
+            old_logprobs=old_logprobs,
+            ref_logprobs=ref_logprobs,
+            sampling_logprobs=batch.sampling_logprobs_R.to(device),
+            temperature=self._temperature,
+            config=self._loss_config,
+            chunk_bytes=self._config.loss_chunk_mb * 1_000_000,
+        )
+
+    def _count(self, batches: Sequence[MicroBatch]) -> tuple[int, int]:
+        """Loss tokens and sequences with any, over all ranks."""
+        tokens = sum(int(batch.loss_mask_R.sum()) for batch in batches)
+        sequences = sum(
+            int(batch.loss_mask_R[start])
+            for batch in batches
+            for start in batch.completion_cu_seqlens[:-1].tolist()
+        )
+        totals = self._ranks.sum([float(tokens), float(sequences)])
+        return int(totals[0]), int(totals[1])
+
+    def _refuse_non_finite(
+        self,
+        batches: list[MicroBatch],
+        losses: list[Tensor],
+        grad_norm: Tensor,
+        old: dict[int, Tensor],
+        ref: dict[int, Tensor],
+        counts: tuple[int, int],
+    ) -> None:
+        """Stops before the optimizer step and names the samples whose loss or gradient is bad."""
+        if torch.isfinite(grad_norm) and all(torch.isfinite(loss) for loss in losses):
+            return
+        bad: list[int] = []
+        for batch, loss in zip(batches, losses, strict=True):
+            self._optimizer.zero_grad()
+            if torch.isfinite(loss):
+                again, _ = self._loss(batch, old.get(id(batch)), ref.get(id(batch)), counts)
+                again.backward()
+                if torch.isfinite(self._optimizer.grad_norm()):
+                    continue
+            bad += batch.samples
+        bad = sorted(sample for part in self._ranks.gather(bad) for sample in part)
+        raise TrainingStopped(
+            f"the loss or gradient is not finite (gradient norm {float(grad_norm)}) in the "
+            f"micro-batch with samples {bad}; no weight was changed: lower optim.lr or look at "
+            "these samples"
+        )
+
+
+class _Totals:
+    """Running sums on the device; read once, after the last update."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, Tensor] = {}
+        self._loss = 0.0
+        self._losses: list[Tensor] = []
+        self.grad_norm = 0.0
+        self.num_updates = 0
+        self._num_packed_tokens = 0
+
+    def add(self, metrics: dict[str, Tensor], loss: Tensor, num_tokens: int) -> None:
+        self._losses.append(loss)
+        self._num_packed_tokens += num_tokens
+        for name in SUMS:
+            if name in metrics:
+                self._values[name] = self._values.get(name, 0.0) + metrics[name].double()
+        for name in MAXIMA:
+            if name in metrics:
+                seen = self._values.get(name, metrics[name])
+                self._values[name] = torch.maximum(seen, metrics[name])
+
+    def reduce(self, ranks: Ranks) -> UpdateMetrics:
+        """Means over the loss tokens of all ranks."""
+        loss = float(sum(self._losses)) if self._losses else 0.0
+        local = [float(self._values.get(name, 0.0)) for name in SUMS]
+        sums = dict(zip((*SUMS, "loss"), ranks.sum([*local, loss]), strict=True))
+        maxima = dict(
+            zip(
+                MAXIMA,
+                ranks.max([float(self._values.get(name, 0.0)) for name in MAXIMA]),
+                strict=True,
+            )
+        )
+        tokens = max(sums["num_tokens_sum"], 1.0)
+        importance_sq = max(sums["importance_sq_sum"], 1e-30)
+        values = {
+            "loss": sums["loss"] / max(self.num_updates, 1),
+            "grad_norm": self.grad_norm / max(self.num_updates, 1),
+            "entropy": sums["entropy_sum"] / tokens,
+            "clip_frac_low": sums["clip_low_sum"] / tokens,
+            "clip_frac_high": sums["clip_high_sum"] / tokens,
+            "ratio_mean": sums["ratio_sum"] / tokens,
+            "ratio_max": maxima["ratio_max"],
+            "sampler/logprob_diff_mean": sums["logprob_diff_sum"] / tokens,
+            "sampler/logprob_diff_max": maxima["logprob_diff_max"],
+            "sampler/prob_diff_mean": sums["prob_diff_sum"] / tokens,
+            "sampler/ess_frac": sums["importance_sum"] ** 2 / (importance_sq * tokens),
+        }
+        if "kl_sum" in self._values:
+            values["kl"] = sums["kl_sum"] / tokens
+        packed = int(ranks.sum([float(self._num_packed_tokens)])[0])
+        return UpdateMetrics(values, num_packed_tokens=packed, num_updates=self.num_updates)

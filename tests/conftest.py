@@ -1,0 +1,37 @@
+"""What all tests share: one thread, a seed of their own, and no GPU tests without a GPU."""
+
+import random
+import zlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Two OpenMP programs on one machine slow each other down tenfold.
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed(request: pytest.FixtureRequest) -> None:
+    """Seeds by the test's own name, so that its numbers do not depend on what ran before."""
+    seed = zlib.crc32(request.node.nodeid.encode())
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def _restore_num_threads() -> Iterator[None]:
+    """A test may change the number of threads; the next one starts with one again."""
+    yield
+    torch.set_num_threads(1)

@@ -1,0 +1,82 @@
+"""Tiny runs of the whole program: a random model, a few prompts, real files."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.trainer.tiny import make_tiny_model
+
+__all__ = ["ROOT", "make_run_args", "read_metrics", "run_cli"]
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Measured, not computed: they differ between two runs of the same thing.
+CLOCKS = ("time/", "rollout/tokens_per_s", "update/tokens_per_s", "memory/")
+
+
+def make_run_args(tmp_path: Path, name: str = "run", **settings: Any) -> list[str]:
+    """Arguments of a run that takes a second a step; `settings` override by dotted name."""
+    model = tmp_path / "tiny-llama"
+    if not model.exists():
+        make_tiny_model(tmp_path)
+    prompts = tmp_path / "prompts.jsonl"
+    if not prompts.exists():
+        rows = [
+            {"prompt": f"Write {n} words on the sea.", "length_range": [n, n + 20]}
+            for n in range(3, 10)
+        ]
+        prompts.write_text("\n".join(json.dumps(row) for row in rows))
+    defaults = {
+        "output_dir": tmp_path / name,
+        "num_steps": 4,
+        "num_threads": 1,
+        "model.path": model,
+        "model.dtype": "fp32",
+        "data.prompts": prompts,
+        "data.template": ROOT / "tests" / "trainer" / "answer_only.txt",
+        "data.prompts_per_step": 2,
+        "rollout.group_size": 4,
+        "rollout.max_completion_tokens": 16,
+        "rollout.temperature": 0.9,
+        "rollout.page_size": 8,
+        "rewards.length.n_max": 400,
+        "rewards.format.structure": "graded",
+        "update.microbatch_tokens": 512,
+        "optim.lr": 1e-3,
+        "checkpoint.every": 2,
+    }
+    merged = defaults | settings
+    return ["train", *(f"--{key}={value}" for key, value in merged.items())]
+
+
+def run_cli(
+    arguments: list[str], *, processes: int = 1, timeout: float = 240, env: dict | None = None
+) -> subprocess.CompletedProcess[str]:
+    """The program in a process of its own (or several, through torchrun)."""
+    command = [sys.executable, "-m"]
+    if processes > 1:
+        command += ["torch.distributed.run", "--nproc-per-node", str(processes)]
+        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m"]
+    return subprocess.run(
+        [*command, "lwz_trainer", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def read_metrics(run_dir: Path, *, without_clocks: bool = False) -> list[dict[str, Any]]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    if not without_clocks:
+        return records
+    return [
+        {key: value for key, value in record.items() if not key.startswith(CLOCKS)}
+        for record in records
+    ]
