@@ -7,7 +7,7 @@ import sys
 
 from lwz_trainer.errors import TrainingStopped, UserError
 
-USAGE = """usage: python -m lwz_trainer COMMAND …   (torchrun -m lwz_trainer train … on several devices)
+USAGE = """usage: python -m lwz_trainer COMMAND …   (or torchrun -m lwz_trainer train …)
 
 commands:
   train [CONFIG.yaml] [--section.field=value …] [--dry-run]   train a model by GRPO

@@ -52,7 +52,8 @@ def paged_attention(
             are out of range (on a GPU they are undefined behaviour).
         TypeError: dtypes.
         NotImplementedError: impl="native" for GPU tensors or an unsupported head size.
-        RuntimeError: impl="native" without the library; the message says why.
+        RuntimeError: impl="native" without the library, the message says why; tensors that require
+            gradients while they are recorded.
 
     Example:
         >>> import torch
@@ -65,6 +66,7 @@ def paged_attention(
         >>> round(out[0, 0, 0].item(), 4)  # (6 + 7 + 0) / 3
         4.3333
     """
+    _check_no_grad("paged_attention", q, k_cache, v_cache)
     _check_caches(q, k_cache, v_cache, "q")
     _check_table(q, page_table, context_lens)
     num_heads, head_size = q.shape[1], q.shape[2]
@@ -107,6 +109,7 @@ def store_kv(
 
     Raises: as `paged_attention`; no slot is written if one is out of range.
     """
+    _check_no_grad("store_kv", k, v, k_cache, v_cache)
     _check_caches(k, k_cache, v_cache, "k")
     if v.shape != k.shape or k.shape[1] != k_cache.shape[2]:
         raise ValueError(
@@ -168,6 +171,11 @@ def _choose(op: str, impl: str, x: torch.Tensor, head_size: int) -> str:
         return "torch"
     log_choice_once(op, "native", f"CPU tensors, {native.best_level()}")
     return "native"
+
+
+def _check_no_grad(op: str, *tensors: torch.Tensor) -> None:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise RuntimeError(f"{op}: has no backward; call it under torch.no_grad()")
 
 
 def _check_caches(x: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, name: str) -> None:

@@ -69,7 +69,7 @@ def linear_policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped policy-gradient loss of packed completion tokens, straight from hidden states.
 
-        loss = Σ_t w_t · [ −ρ_t · min(r_t A_t, clip(r_t) A_t) + kl_coef · KL_t − entropy_coef · H_t ]
+        loss = Σ_t w_t [ −ρ_t min(r_t A_t, clip(r_t) A_t) + kl_coef · KL_t − entropy_coef · H_t ]
 
     Args:
         hidden: [T, D], the rows that predict the labels.
@@ -164,8 +164,7 @@ def loss_token_weights(
 def _check_head(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_bytes: int) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
-            f"expected hidden [T, D] and weight [V, D], got {[*hidden.shape]} and "
-            f"{[*weight.shape]}"
+            f"expected hidden [T, D] and weight [V, D], got {[*hidden.shape]} and {[*weight.shape]}"
         )
     if hidden.dtype != weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype}, weight is {weight.dtype}: cast one")

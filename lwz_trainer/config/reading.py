@@ -35,8 +35,9 @@ def load_config(config_class: type[T], path: Path) -> T:
     """Reads a YAML file; missing fields keep their defaults, unknown ones are named."""
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"no config file {path}: pass a YAML file such as configs/cpu_demo.yaml")
+    except FileNotFoundError as error:
+        message = f"no config file {path}: pass a YAML file such as configs/cpu_demo.yaml"
+        raise UserError(message) from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read config file {path}: {error}") from error
     except yaml.YAMLError as error:
@@ -81,4 +82,3 @@ def _refuse_unknown_keys(config_class: Any, raw: dict[str, Any], path: Path, pre
             if not isinstance(value, dict):
                 raise UserError(f"{path}: '{name}' is a section, expected a mapping, got {value!r}")
             _refuse_unknown_keys(hints[key], value, path, prefix=f"{name}.")
-

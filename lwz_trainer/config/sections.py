@@ -25,7 +25,7 @@ class DataConfig:
     prompts: str = "writing"
     """Bundled set ("writing", "demo") or a JSONL / Parquet file with `prompt`, `length_range`."""
     template: str = "think"
-    """"think", "direct", "think_example", "chat" (the model's own chat template), or a .txt file."""
+    """"think", "direct", "think_example", "chat" (the model's own template), or a .txt file."""
     chat_opened: str = "<think>"
     """Tag opened after the chat template's generation prompt; only used with template "chat"."""
     chat_system: str = ""
@@ -125,7 +125,9 @@ class UpdateConfig:
         )
         if not 0 <= self.clip_ratio_low < 1:
             raise UserError(f"update.clip_ratio_low must be in [0, 1), got {self.clip_ratio_low}")
-        _require_not_negative("update", self, "clip_ratio_high", "kl_coef", "entropy_coef", "tis_cap")
+        _require_not_negative(
+            "update", self, "clip_ratio_high", "kl_coef", "entropy_coef", "tis_cap"
+        )
 
 
 @dataclass(frozen=True)

@@ -166,9 +166,9 @@ class RolloutEngine:
         num_pages = min(wanted, limit)
         if num_pages < pages_each:
             raise UserError(
-                f"the KV cache has room for {num_pages * config.page_size} tokens, one sequence may "
-                f"need {pages_each * config.page_size}: lower rollout.max_completion_tokens or raise "
-                "rollout.kv_cache_tokens"
+                f"the KV cache has room for {num_pages * config.page_size} tokens, one sequence "
+                f"may need {pages_each * config.page_size}: lower rollout.max_completion_tokens or "
+                "raise rollout.kv_cache_tokens"
             )
         return num_pages
 
@@ -182,7 +182,9 @@ class RolloutEngine:
             self._write_page_row(phase, sequence)
         hidden = [entry.last_hidden for _, entry in fresh if entry.last_hidden is not None]
         assert len(hidden) == len(fresh), "a group was admitted before its prompt was computed"
-        return [sequence for sequence, _ in fresh], torch.stack(hidden) if hidden else torch.empty(0)
+        return [sequence for sequence, _ in fresh], torch.stack(hidden) if hidden else torch.empty(
+            0
+        )
 
     def _fill_pages(
         self, phase: _Phase, prompts: list[PromptEntry], resumed: list[Sequence]
@@ -193,8 +195,9 @@ class RolloutEngine:
             *((sequence.cached_ids(), sequence.pages, None) for sequence in resumed),
         ]
         while jobs:
-            pack, total = [], 0
-            while jobs and (not pack or total + len(jobs[0][0]) <= self._config.prefill_tokens):
+            pack = [jobs.pop(0)]
+            total = len(pack[0][0])
+            while jobs and total + len(jobs[0][0]) <= self._config.prefill_tokens:
                 pack.append(jobs.pop(0))
                 total += len(pack[-1][0])
             hidden_TD, ends = self._forward_pack(phase, [(ids, pages) for ids, pages, _ in pack])
@@ -214,11 +217,11 @@ class RolloutEngine:
             ids += token_ids
             cu_seqlens.append(len(ids))
             offsets = torch.arange(len(token_ids))
-            slots.append(torch.tensor(pages)[offsets // page_size] * page_size + offsets % page_size)
+            slots.append(
+                torch.tensor(pages)[offsets // page_size] * page_size + offsets % page_size
+            )
         positions = torch.cat([torch.arange(len(token_ids)) for token_ids, _ in pack])
-        attend = PrefillAttend(
-            phase.cache, AttentionPlan(cu_seqlens), torch.cat(slots).to(device)
-        )
+        attend = PrefillAttend(phase.cache, AttentionPlan(cu_seqlens), torch.cat(slots).to(device))
         hidden_TD = self._model(torch.tensor(ids, device=device), positions.to(device), attend)
         return hidden_TD, cu_seqlens[1:]
 

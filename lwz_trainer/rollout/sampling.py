@@ -53,13 +53,9 @@ def sample_tokens(
     target_B1 = uniforms[:, None] * cumulative_BC[:, -1:]
     block_B1 = torch.searchsorted(cumulative_BC, target_B1, right=True)
     block_B1.clamp_(max=cumulative_BC.shape[1] - 1)
-    before_B1 = torch.where(
-        block_B1 > 0, cumulative_BC.gather(1, (block_B1 - 1).clamp(min=0)), 0.0
-    )
+    before_B1 = torch.where(block_B1 > 0, cumulative_BC.gather(1, (block_B1 - 1).clamp(min=0)), 0.0)
     probs_BS = blocks_BCS.gather(1, block_B1[:, :, None].expand(-1, 1, BLOCK)).squeeze(1)
-    offset_B1 = torch.searchsorted(
-        probs_BS.double().cumsum(-1), target_B1 - before_B1, right=True
-    )
+    offset_B1 = torch.searchsorted(probs_BS.double().cumsum(-1), target_B1 - before_B1, right=True)
     # Rounding may push the target past the block's mass: the last token that can be drawn is meant.
     columns = torch.arange(BLOCK, device=probs_BS.device)
     last_B1 = torch.where(probs_BS > 0, columns, 0).amax(-1, keepdim=True)

@@ -100,7 +100,9 @@ class Scheduler:
     def make_room(self) -> None:
         """Gives every running sequence a place for its next token, preempting the youngest."""
         for sequence in list(self.running):
-            while sequence.row >= 0 and sequence.num_cached == len(sequence.pages) * self._page_size:
+            while (
+                sequence.row >= 0 and sequence.num_cached == len(sequence.pages) * self._page_size
+            ):
                 if self.allocator.num_free > 0:
                     sequence.pages += self.allocator.allocate(1)
                 else:

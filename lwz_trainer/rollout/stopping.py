@@ -17,7 +17,12 @@ class StopChecker:
     """Looks at the tail of a completion after each token."""
 
     def __init__(
-        self, tokenizer: Decoder, *, stop: tuple[str, ...], eos_ids: tuple[int, ...], max_tokens: int
+        self,
+        tokenizer: Decoder,
+        *,
+        stop: tuple[str, ...],
+        eos_ids: tuple[int, ...],
+        max_tokens: int,
     ) -> None:
         self._tokenizer = tokenizer
         self._stop = stop

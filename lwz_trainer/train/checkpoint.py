@@ -68,13 +68,19 @@ class CheckpointStore:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         self._ranks.barrier()
-        with _without_single_process_warning():
-            dcp.save(
-                tensors,
-                checkpoint_id=partial,
-                process_group=self._ranks.group,
-                no_dist=self._is_alone,
-            )
+        try:
+            with _without_single_process_warning():
+                dcp.save(
+                    tensors,
+                    checkpoint_id=partial,
+                    process_group=self._ranks.group,
+                    no_dist=self._is_alone,
+                )
+        except dcp.CheckpointException as error:
+            raise UserError(
+                f"cannot write checkpoint {final} ({_reason(error)}): the one before it is still "
+                "in force; free space or mend the disk, and the same command goes on"
+            ) from error
         if self._ranks.is_main:
             state = {
                 "progress": dataclasses.asdict(progress),
@@ -125,15 +131,21 @@ class CheckpointStore:
                     no_dist=self._is_alone,
                 )
         except (OSError, ValueError, RuntimeError, dcp.CheckpointException) as error:
-            reason = str(error).strip().partition("\n")[0]
             raise UserError(
-                f"checkpoint {path} cannot be read ({reason}): write an older one's name into "
-                f"{path.parent / 'latest'}"
+                f"checkpoint {path} cannot be read ({_reason(error)}): write an older one's "
+                f"name into {path.parent / 'latest'}"
             ) from error
 
     @property
     def _is_alone(self) -> bool:
         return self._ranks.group is None
+
+
+def _reason(error: BaseException) -> str:
+    """The cause in one line; torch wraps it once for each rank."""
+    if isinstance(error, dcp.CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 @contextmanager

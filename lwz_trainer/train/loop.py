@@ -1,7 +1,9 @@
 """The trainer: sample, score, compare within groups, update, record, save."""
 
+import faulthandler
 import logging
 import os
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,15 +31,14 @@ from lwz_trainer.train.checkpoint import CheckpointStore, Progress
 from lwz_trainer.train.console import RunConsole, learned_line, step_line
 from lwz_trainer.train.metrics import peak_memory_gb, sample_metrics, step_warnings
 from lwz_trainer.train.prompt_set import GroupPrompt, PromptSet
-from lwz_trainer.train.records import sample_records, write_records
 from lwz_trainer.train.recorder import Recorder, prepare_run_dir
+from lwz_trainer.train.records import sample_records, write_records
 from lwz_trainer.train.signals import StopSignal
 from lwz_trainer.update.optimizer import FlatAdamW, learning_rate
 from lwz_trainer.update.packing import TrainSample
 from lwz_trainer.update.policy_update import PolicyUpdate, UpdateMetrics
 
 __all__ = ["Trainer", "run_train"]
-
 
 
 _logger = logging.getLogger(__name__)
@@ -50,6 +51,8 @@ def run_train(config: TrainConfig) -> None:
         num_threads=config.num_threads,
         timeout_minutes=config.timeout_minutes,
     )
+    if hasattr(signal, "SIGUSR1"):
+        faulthandler.register(signal.SIGUSR1)  # where is it? stacks of all threads, to stderr
     stop = StopSignal()
     stop.install()
     try:
@@ -85,7 +88,9 @@ class Trainer:
         self._prompts = PromptSet(config, self._tokenizer, self._model.config.max_positions)
         self._scorer = Scorer(config.rewards, self._prompts.kind, ranks.device)
         if ranks.is_main:
-            prepare_run_dir(config)
+            # fp32 masters and two moments of every parameter.
+            size = 12 * sum(p.numel() for p in self._model.parameters())
+            prepare_run_dir(config, checkpoint_bytes=size)
         ranks.barrier()
         self._run_dir = Path(config.output_dir)
         self._engine = RolloutEngine(
@@ -272,9 +277,7 @@ class Trainer:
         tokens, prefill, preemptions = self._ranks.sum(
             [float(stats.num_tokens), float(stats.num_prefill_tokens), float(stats.num_preemptions)]
         )
-        kv_used, memory = self._ranks.max(
-            [stats.peak_kv_frac, peak_memory_gb(self._ranks.device)]
-        )
+        kv_used, memory = self._ranks.max([stats.peak_kv_frac, peak_memory_gb(self._ranks.device)])
         metrics: dict[str, Any] = {"step": self._step}
         metrics |= sample_metrics(everything)
         metrics |= update.values

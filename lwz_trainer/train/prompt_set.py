@@ -1,4 +1,4 @@
-"""Requests rendered and tokenised once; which of them a step uses is a function of seed and step."""
+"""Requests, rendered and tokenised once; a step's share of them depends on seed and step alone."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -53,9 +53,7 @@ class PromptSet:
         """
         num_groups = self._config.data.prompts_per_step
         group_size = self._config.rollout.group_size
-        order = prompt_order(
-            len(self._prompts), self._config.seed, step * num_groups, num_groups
-        )
+        order = prompt_order(len(self._prompts), self._config.seed, step * num_groups, num_groups)
         share = num_groups * group_size // world_size
         mine = range(rank * share, (rank + 1) * share)
         groups = sorted({sample // group_size for sample in mine})
@@ -72,7 +70,9 @@ class PromptSet:
             for group in groups
         ]
 
-    def _render_all(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, Literal["think", "direct"]]:
+    def _render_all(
+        self, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[str, Literal["think", "direct"]]:
         data = self._config.data
         if data.template == "chat":
             system = data.chat_system or None

@@ -1,8 +1,11 @@
 """Where numbers go: metrics.jsonl always, TensorBoard by default, wandb and trackio on request."""
 
+import dataclasses
+import importlib
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,17 @@ __all__ = ["Recorder", "prepare_run_dir"]
 METRICS_FILE = "metrics.jsonl"
 
 
-def prepare_run_dir(config: TrainConfig) -> Path:
-    """Creates the run directory, proves that it can be written, and saves the resolved config."""
+def prepare_run_dir(config: TrainConfig, *, checkpoint_bytes: int) -> Path:
+    """Creates the run directory, proves that it can be written, and saves the resolved config.
+
+    Args:
+        config: of the run.
+        checkpoint_bytes: size of one checkpoint; one more than `checkpoint.keep` must fit.
+    """
     run_dir = Path(config.output_dir)
+    for name in ("wandb", "trackio"):
+        if getattr(config.log, name):
+            _import_extra(name)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe = run_dir / ".write_probe"
@@ -27,6 +38,13 @@ def prepare_run_dir(config: TrainConfig) -> Path:
         raise UserError(
             f"cannot write to output_dir {run_dir} ({error.strerror}): pass another output_dir"
         ) from error
+    needed = (config.checkpoint.keep + 1) * checkpoint_bytes
+    free = shutil.disk_usage(run_dir).free
+    if free < needed:
+        raise UserError(
+            f"{free / 1e9:.2f} GB are free on the disk of output_dir {run_dir}, checkpoints need "
+            f"{needed / 1e9:.2f} GB: free space, lower checkpoint.keep, or pass another output_dir"
+        )
     if not config.checkpoint.resume and (run_dir / METRICS_FILE).exists():
         raise UserError(
             f"output_dir {run_dir} already holds a run: pass another output_dir, or "
@@ -56,7 +74,10 @@ class Recorder:
             self._tensorboard = SummaryWriter(
                 str(run_dir / "tensorboard"), purge_step=num_steps_done + 1
             )
-        settings = {"name": run_dir.name, "config": json.loads(json.dumps(_as_dict(config)))}
+        settings = {
+            "name": run_dir.name,
+            "config": json.loads(json.dumps(dataclasses.asdict(config))),
+        }
         if config.log.wandb:
             wandb = _import_extra("wandb")
             self._wandb = wandb.init(project=config.log.wandb, dir=str(run_dir), **settings)
@@ -120,15 +141,7 @@ def _json_line(metrics: dict[str, Any]) -> str:
     return json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _as_dict(config: TrainConfig) -> dict[str, Any]:
-    import dataclasses
-
-    return dataclasses.asdict(config)
-
-
 def _import_extra(name: str) -> Any:
-    import importlib
-
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -103,6 +103,8 @@ def _to_columns(record_of_step: dict[int, dict[str, Any]], notes: list[str]) -> 
     for row, step in enumerate(steps):
         record = record_of_step[step]
         for key, value in record.items():
+            if value is None:
+                value = math.nan  # the trainer writes numbers that are not finite as null
             if key != "step" and isinstance(value, int | float):
                 series.setdefault(key, [None] * len(steps))[row] = float(value)
         step_warnings = record.get("warnings") or []
@@ -127,12 +129,12 @@ def json_number(value: float | None) -> float | str | None:
 def learned_changes(metrics: Metrics) -> list[dict[str, Any]]:
     """Mean of the first steps → mean of the last steps, for every reward and what explains it.
 
-    A change within two standard errors of the two means is called "unclear". The windows never
-    overlap: a run of fewer than ten steps is split in half.
+    A change within two standard errors of the two means is called "unclear", as is any change
+    between single steps. The windows never overlap: a run of fewer than ten steps is split in half.
     """
     changes = []
     for key, values in metrics.series.items():
-        is_reward = key.startswith("reward/") and not key.endswith("_std")
+        is_reward = key.startswith("reward/") and not key.endswith(("_std", "_failed_frac"))
         if not is_reward and key not in {"words/answer_mean", "truncated_frac"}:
             continue
         finite = [value for value in values if value is not None and math.isfinite(value)]
@@ -141,9 +143,11 @@ def learned_changes(metrics: Metrics) -> list[dict[str, Any]]:
             continue
         first, last = finite[:window], finite[-window:]
         before, after = fmean(first), fmean(last)
-        error = math.sqrt((variance(first) + variance(last)) / window) if window > 1 else 0.0
+        error = math.sqrt((variance(first) + variance(last)) / window) if window > 1 else math.inf
         direction = "up" if after > before else "down"
-        if abs(after - before) <= 2 * error or after == before:
+        if first == last:
+            direction = "same"
+        elif abs(after - before) <= 2 * error:
             direction = "unclear"
         changes.append(
             {

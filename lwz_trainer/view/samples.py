@@ -95,8 +95,8 @@ def read_sample_step(file: SampleFile, *, with_tokens: bool) -> dict[str, Any]:
         `{"step", "groups": [{"group", prompt columns, "members": [...]}]}`; a column that is not
         in the file is not in the record.
     """
-    names = set(pq.read_schema(file.path).names) - {"prompt_ids", "step"}
-    rows = pq.read_table(file.path, columns=sorted(names)).to_pylist()
+    names = [n for n in pq.read_schema(file.path).names if n not in {"prompt_ids", "step"}]
+    rows = pq.read_table(file.path, columns=names).to_pylist()
     groups: dict[Any, dict[str, Any]] = {}
     for row in rows:
         number = row.get("group", 0)

@@ -2,8 +2,6 @@
 
 __all__ = ["format_steps", "spread_steps"]
 
-EN_DASH = "\u2013"
-
 
 def spread_steps(steps: list[int], count: int) -> list[int]:
     """At most `count` of the sorted steps: the first, the last, and evenly spaced ones between.
@@ -26,5 +24,5 @@ def format_steps(steps: list[int]) -> str:
             ranges[-1][1] = step
         else:
             ranges.append([step, step])
-    words = [str(a) if a == b else f"{a}{EN_DASH}{b}" for a, b in ranges]
+    words = [str(a) if a == b else f"{a}–{b}" for a, b in ranges]
     return ("step " if len(steps) == 1 else "steps ") + ", ".join(words)

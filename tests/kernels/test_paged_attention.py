@@ -372,6 +372,19 @@ def test_store_kv_writes_nothing_if_a_slot_is_out_of_range(impl: str) -> None:
     assert torch.equal(caches, torch.zeros_like(caches))
 
 
+@pytest.mark.parametrize("impl", [pytest.param("native", marks=needs_native), "torch", "reference"])
+def test_operators_refuse_to_record_gradients(impl: str) -> None:
+    arguments = _attention_case(q=torch.zeros(2, 4, 8, requires_grad=True))
+    with pytest.raises(RuntimeError, match="has no backward"):
+        paged_attention(**arguments, impl=impl)
+    with torch.no_grad():
+        assert not paged_attention(**arguments, impl=impl).requires_grad
+    k = torch.zeros(1, 2, 8, requires_grad=True)
+    caches = torch.zeros(2, 3, 4, 2, 8)
+    with pytest.raises(RuntimeError, match="has no backward"):
+        store_kv(k, k, caches[0], caches[1], torch.tensor([0]), impl=impl)
+
+
 def test_paged_attention_example_holds() -> None:
     result = doctest.testmod(api)
     assert result.attempted > 0

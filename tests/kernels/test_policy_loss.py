@@ -213,7 +213,7 @@ def test_linear_policy_loss_never_holds_all_logits() -> None:
     seen: list[int] = []
 
     class Tracker(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             result = func(*args, **(kwargs or {}))
             if isinstance(result, torch.Tensor):
                 seen.append(result.untyped_storage().nbytes())

@@ -18,7 +18,9 @@ def make_samples(lengths: list[tuple[int, list[int]]]) -> list[TrainSample]:
             token += length
             number = len(samples)
             samples.append(
-                TrainSample(group, number, prompt, ids, [-float(i) for i in ids], number + 1.0, True)
+                TrainSample(
+                    group, number, prompt, ids, [-float(i) for i in ids], number + 1.0, True
+                )
             )
     return samples
 

@@ -199,7 +199,7 @@ def test_run_stops_before_the_step_and_names_the_samples(tmp_path: Path) -> None
 
 
 def test_flat_adamw_works_in_place_and_matches_torch(tmp_path: Path) -> None:
-    model, tokenizer = load_tiny(tmp_path)
+    model, _tokenizer = load_tiny(tmp_path)
     twin, _ = load_tiny(tmp_path)
     config = OptimConfig(lr=1e-3, weight_decay=0.1, max_grad_norm=0.5)
     addresses = None
@@ -242,9 +242,7 @@ def test_flat_adamw_keeps_small_steps_of_bf16_parameters() -> None:
         module(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
         optimizer.step(lr=1e-4, grad_norm=optimizer.grad_norm())
     assert module.weight.grad is None
-    torch.testing.assert_close(
-        module.weight.float(), torch.full((4, 4), 0.99), rtol=0, atol=0.004
-    )
+    torch.testing.assert_close(module.weight.float(), torch.full((4, 4), 0.99), rtol=0, atol=0.004)
 
 
 def test_learning_rate_warms_up_and_decays() -> None:

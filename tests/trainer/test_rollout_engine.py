@@ -1,4 +1,4 @@
-"""The engine: what it samples, that nothing but the key decides it, and that pages are accounted."""
+"""The engine: what it samples, that only the key decides it, and that pages are accounted."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tests.trainer.rollout_case import PROMPTS, load_tiny, make_engine, make_req
 from tests.trainer.tiny import causal_attend
 
 
-def forward_logprobs(model, sample: Sample, temperature: float) -> torch.Tensor:  # noqa: ANN001
+def forward_logprobs(model, sample: Sample, temperature: float) -> torch.Tensor:
     """Log-probs of a completion by one plain forward pass."""
     ids = torch.tensor(sample.prompt_ids + sample.completion_ids)
     with torch.no_grad():
@@ -32,9 +32,7 @@ def test_generate_logprobs_are_those_of_a_plain_forward(
     engine = make_engine(model, tokenizer, temperature=temperature)
     for sample in sample_all(engine, make_requests()):
         expected = forward_logprobs(model, sample, temperature)
-        torch.testing.assert_close(
-            torch.tensor(sample.logprobs), expected, rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(torch.tensor(sample.logprobs), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_generate_does_not_depend_on_the_batch(tmp_path: Path) -> None:
@@ -111,7 +109,7 @@ def test_generate_sees_a_changed_weight_at_once(tmp_path: Path) -> None:
         )
 
 
-def find_stop(samples: list[Sample], tokenizer) -> tuple[Sample, str, int]:  # noqa: ANN001
+def find_stop(samples: list[Sample], tokenizer) -> tuple[Sample, str, int]:
     """A sample, a string that starts inside one of its tokens and ends in a later one, its end."""
     for sample in samples:
         for start in range(2, len(sample.completion_ids) - 6):
@@ -152,9 +150,7 @@ def test_generate_can_be_interrupted(tmp_path: Path) -> None:
     model, tokenizer = load_tiny(tmp_path)
     calls = iter([False, False, True])
     with pytest.raises(RolloutInterrupted):
-        sample_all(
-            make_engine(model, tokenizer), make_requests(), should_stop=lambda: next(calls)
-        )
+        sample_all(make_engine(model, tokenizer), make_requests(), should_stop=lambda: next(calls))
 
 
 def test_generate_refuses_a_cache_too_small_for_one_sequence(tmp_path: Path) -> None:

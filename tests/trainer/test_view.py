@@ -1,4 +1,4 @@
-"""The run viewer: what the page embeds, what it refuses, and (with a browser at hand) what it draws."""
+"""The run viewer: what the page embeds, what it refuses, and what a browser makes of it."""
 
 import json
 import math
@@ -33,7 +33,7 @@ ENGLISH = [
 ]
 PROMPTS = [
     ("Write a short story about a lighthouse keeper who receives letters from the future.", "en"),
-    ("请写一篇关于江南小镇雨夜的散文，要求细节真实、语言克制。", "zh"),  # noqa: RUF001
+    ("请写一篇关于江南小镇雨夜的散文，要求细节真实、语言克制。", "zh"),
 ]
 
 
@@ -77,6 +77,7 @@ def make_metrics(step: int, num_steps: int, rng: random.Random) -> dict[str, Any
         "rollout/tokens_per_s": 2100 + 300 * rng.random(),
         "update/tokens_per_s": 5200 + 300 * rng.random(),
         "rollout/kv_used_frac": 0.4 + 0.4 * learned,
+        "rollout/prefill_tokens": 2048,
         "rollout/preemptions": max(0, round(rng.gauss(1, 2))),
         "memory/peak_gb": 61 + 9 * learned,
         "reward/structure": min(1, 0.2 + 0.8 * learned),
@@ -86,6 +87,7 @@ def make_metrics(step: int, num_steps: int, rng: random.Random) -> dict[str, Any
     for name, top in (("length", 0.92), ("writing", 0.7), ("format", 0.97)):
         record[f"reward/{name}"] = 0.1 + (top - 0.1) * learned + rng.gauss(0, 0.02)
         record[f"reward/{name}_std"] = 0.2 - 0.12 * learned
+        record[f"reward/{name}_failed_frac"] = 0.125 if name == "writing" else 0.0
     return record
 
 
@@ -101,7 +103,7 @@ def make_samples(step: int, num_groups: int, group_size: int, rng: random.Random
             if language == "zh":
                 paragraphs = [CHINESE * 3, "屋檐的水" * 12 + "。", CHINESE]
             repeated = paragraphs[-1]
-            answer = "\n\n".join(["𝄞 " + paragraphs[0], *paragraphs[1:], repeated])
+            answer = "\n\n".join(["𠮷 " + paragraphs[0], *paragraphs[1:], repeated])
             think = (
                 f"Plan for member {member}: open with the harbour, close with the letter. {HOSTILE}"
             )
@@ -175,7 +177,8 @@ def make_run(
     config = {
         "model": {"path": "smollm2-135m-instruct", "dtype": "auto"},
         "rollout": {"group_size": group_size, "temperature": 0.8, "top_p": 1.0},
-        "update": {"lr": 1e-6, "clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "kl_coef": 0.0},
+        "update": {"normalizer": "grpo", "clip_ratio_low": 0.2, "clip_ratio_high": 0.2},
+        "optim": {"lr": 1e-6},
         "seed": seed,
     }
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
@@ -264,7 +267,7 @@ def test_write_page_embeds_first_last_and_spread_steps(tmp_path):
     curves = data["curves"]["runs"][0]
     assert curves["sample_steps"] == [1, 6, 11]
     assert set(data) == {"curves", "samples-0-1", "samples-0-6", "samples-0-11"}
-    left_out = f"left out: steps 2{EN_DASH}5, 7{EN_DASH}10."
+    left_out = "left out: steps 2–5, 7–10."
     assert f"Samples of 3 of 11 steps are in this page; {left_out}" in curves["notes"]
 
 
@@ -353,16 +356,17 @@ def test_read_metrics_shows_the_latest_of_a_repeated_step(tmp_path):
     assert metrics.series["loss"][-2:] == [7.0, 8.0]
     assert metrics.series["reward/length"][-2:] == [None, None]
     assert len(metrics.notes) == 1
-    assert f"steps 11{EN_DASH}12" in metrics.notes[0]
+    assert "steps 11–12" in metrics.notes[0]
 
 
 def test_read_metrics_tells_missing_from_not_finite(tmp_path):
     run = make_run(tmp_path / "run", sample_steps=[])
-    append_line(run, b'{"step": 13, "loss": Infinity, "lr": -Infinity}\n')
+    append_line(run, b'{"step": 13, "loss": Infinity, "lr": -Infinity, "kl": null}\n')
     series = embedded_data(write_page([run]))["curves"]["runs"][0]["series"]
     assert series["grad_norm"][3] == "NaN"
     assert series["entropy"][4] is None
-    assert (series["loss"][12], series["lr"][12], series["kl"][12]) == ("inf", "-inf", None)
+    assert series["entropy"][12] is None
+    assert (series["loss"][12], series["lr"][12], series["kl"][12]) == ("inf", "-inf", "NaN")
 
 
 def test_read_metrics_counts_steps_that_are_not_named(tmp_path):
@@ -402,6 +406,12 @@ def test_learned_changes_calls_noise_unclear(tmp_path):
     assert change["direction"] == "unclear"
 
 
+@pytest.mark.parametrize(("values", "direction"), [([0.1, 0.9], "unclear"), ([0.0] * 4, "same")])
+def test_learned_changes_claims_nothing_from_single_or_equal_steps(tmp_path, values, direction):
+    (change,) = learned_changes(read_metrics(write_series(tmp_path, "reward/format", values)))
+    assert change["direction"] == direction
+
+
 def test_learned_changes_windows_do_not_overlap(tmp_path):
     values = [1.0, 2.0, 30.0, float("nan"), 4.0, 5.0]
     (change,) = learned_changes(read_metrics(write_series(tmp_path, "reward/writing", values)))
@@ -417,6 +427,7 @@ def test_learned_changes_knows_what_should_fall(tmp_path):
     assert changes["reward/redundancy"]["good"] == "down"
     assert changes["words/answer_mean"]["good"] is None
     assert "reward/length_std" not in changes
+    assert "reward/writing_failed_frac" not in changes
 
 
 # ---- settings and steps -------------------------------------------------------------------------
@@ -440,10 +451,7 @@ def test_spread_steps_keeps_both_ends(count, expected):
 
 def test_format_steps_joins_neighbours():
     assert format_steps([4]) == "step 4"
-    assert format_steps([1, 2, 3, 7, 9, 10]) == f"steps 1{EN_DASH}3, 7, 9{EN_DASH}10"
-
-
-EN_DASH = "\u2013"
+    assert format_steps([1, 2, 3, 7, 9, 10]) == "steps 1–3, 7, 9–10"
 
 
 # ---- samples ------------------------------------------------------------------------------------
@@ -478,7 +486,7 @@ def test_read_sample_step_counts_repeated_spans_in_utf16(tmp_path):
     units = member["answer"].encode("utf-16-le")  # as JavaScript slices
     repeated = units[2 * start : 2 * end].decode("utf-16-le")
     assert repeated == member["answer"].split("\n\n")[-1]
-    assert end == len(member["answer"]) + 1  # the clef is two units
+    assert end == len(member["answer"]) + 1  # 𠮷 is two units
 
 
 def test_read_sample_step_keeps_what_stands_outside_of_the_texts(tmp_path):
@@ -556,7 +564,7 @@ def test_page_draws_charts_and_cards_in_a_browser(tmp_path):
         check=True,
     )
     dom = re.sub(r"<script.*?</script>", "", result.stdout, flags=re.S)
-    assert dom.count('<figure class="chart">') == 26
+    assert dom.count('<figure class="chart">') == 28
     assert dom.count('class="line ') >= 2 * 20
     assert dom.count('<article class="card"') == 3
     assert "Length reward" in dom

@@ -10,6 +10,7 @@ const CHART_SECTIONS = [
       { title: "Structure", unit: "share", zero: true, series: [["reward/structure", "structure"], ["reward/strict_frac", "strictly formed"]] },
       { title: "Redundancy", unit: "share of paragraphs", zero: true, series: [["reward/redundancy", "repeated"]] },
       { title: "Signal in groups", unit: "share", zero: true, series: [["distinct_frac", "distinct samples"], ["zero_spread_frac", "groups without spread"]] },
+      { title: "Failed rewards", unit: "share", zero: true, series: [["reward/length_failed_frac", "length"], ["reward/writing_failed_frac", "writing"], ["reward/format_failed_frac", "format"]] },
     ],
   },
   {
@@ -47,6 +48,7 @@ const CHART_SECTIONS = [
       { title: "Step time", unit: "seconds", stacked: true, total: "time/step_s", series: [["time/rollout_s", "rollout"], ["time/reward_s", "rewards"], ["time/update_s", "update"]] },
       { title: "Rollout speed", unit: "tokens/s", zero: true, series: [["rollout/tokens_per_s", "sampled"]] },
       { title: "Update speed", unit: "tokens/s", zero: true, series: [["update/tokens_per_s", "trained"]] },
+      { title: "Prefilled", unit: "tokens per step", zero: true, series: [["rollout/prefill_tokens", "prefilled"]] },
       { title: "Peak memory", unit: "GB", zero: true, series: [["memory/peak_gb", "peak"]] },
       { title: "KV cache in use", unit: "share", zero: true, series: [["rollout/kv_used_frac", "used"]] },
       { title: "Preemptions", unit: "per step", zero: true, series: [["rollout/preemptions", "preempted"]] },

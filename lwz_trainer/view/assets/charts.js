@@ -15,7 +15,7 @@ class Chart {
       "aria-label": `${spec.title}. Arrow keys move between steps, Enter opens the samples.`,
     });
     this.element = el("figure", { class: "chart" },
-      el("figcaption", {}, el("h3", {}, spec.title), el("span", { class: "unit" }, spec.unit)),
+      el("figcaption", {}, el("h3", {}, spec.title), el("span", { class: "unit" }, page.runs.length > 1 ? spec.unit.replace(" ± std", "") : spec.unit)),
       this.legend, this.surface);
     this.surface.addEventListener("pointermove", (event) => page.hover(this.stepAt(event)));
     this.surface.addEventListener("pointerleave", () => page.hover(null));
@@ -185,14 +185,14 @@ class Chart {
 
   drawLegend() {
     this.outputs = [];
-    const parts = this.stacks ?? null;
+    const parts = this.stacks;
     const labels = parts ? parts.map((part) => part.label) : this.spec.series.map(([, label]) => label);
     this.legend.replaceChildren(...labels.map((label, s) => {
       const curves = parts ? [parts[s]] : this.drawn.filter((curve) => curve.s === s);
       const values = curves.map((curve) => {
         const output = el("span", { class: "value" });
         this.outputs.push([curve, output]);
-        return [swatch(curve), output];
+        return el("span", { class: "reading" }, swatch(curve), output);
       });
       return el("span", { class: "legend-item" }, el("span", { class: "label" }, label), ...values);
     }));
@@ -204,7 +204,9 @@ class Chart {
     this.overlay.replaceChildren();
     const step = hover ?? this.page.range.last;
     for (const [curve, output] of this.outputs) {
-      output.textContent = formatNumber(this.valueAt(curve, step, hover === null));
+      const value = this.valueAt(curve, step, hover === null);
+      const isSmooth = smoothing > 0 && !this.stacks && isNumber(value);
+      output.textContent = (isSmooth ? "≈ " : "") + formatNumber(value);
     }
     if (hover === null) return;
     const x = this.x(hover), bottom = CHART_HEIGHT - MARGIN.bottom;
@@ -220,15 +222,15 @@ class Chart {
       svg("text", { x: anchor, y: bottom + 16, "text-anchor": "middle", class: "step-tag-text" }, String(hover)));
   }
 
-  // The raw value at a step; without a crosshair the last one that there is.
+  // What the line shows at a step; without a crosshair its last value.
   valueAt(curve, step, isLast) {
     if (curve.spans) {
       const span = curve.spans.get(isLast ? [...curve.spans.keys()].pop() : step);
       return span ? span[1] - span[0] : null;
     }
-    if (isLast) return curve.values.findLast((value) => value !== null) ?? null;
-    const i = curve.run.steps.indexOf(step);
-    return i < 0 ? null : curve.values[i];
+    const { steps } = curve.run;
+    const i = isLast ? curve.values.findLastIndex((value) => value !== null) : steps.indexOf(step);
+    return (this.page.state.smoothing > 0 ? curve.smooth[i] : null) ?? curve.values[i] ?? null;
   }
 
   // ---- input ----------------------------------------------------------------------------------

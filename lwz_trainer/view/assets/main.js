@@ -35,7 +35,9 @@ function startPage() {
     if (step === null) return;
     state.run = run;
     page.showStep(step);
-    document.getElementById("samples").scrollIntoView({ behavior: scrollBehavior() });
+    const samples = document.getElementById("samples");
+    samples.focus({ preventScroll: true });
+    samples.scrollIntoView({ behavior: scrollBehavior() });
   };
   page.openRun = (run) => {
     state.run = run;
@@ -44,7 +46,8 @@ function startPage() {
 
   // The address names the open place, so that a link to it can be sent.
   page.rememberPlace = () => {
-    const place = new URLSearchParams({ run: state.run, step: state.step ?? "", group: state.group ?? "" });
+    const named = Object.entries({ run: state.run, step: state.step, group: state.group });
+    const place = new URLSearchParams(named.filter(([, value]) => value !== null));
     history.replaceState(null, "", `#${place}`);
   };
   const recallPlace = () => {

@@ -1,10 +1,10 @@
 // The top of the page: which run this is, what it learned, its settings, what is worth a warning.
 
-// Settings worth a place in the header, by the last part of their dotted name.
+// Settings worth a place in the header, where a run has them.
 const KEY_SETTINGS = [
-  "group_size", "prompts_per_step", "num_steps", "steps", "max_completion_tokens", "max_new_tokens",
-  "max_tokens", "temperature", "top_p", "lr", "learning_rate", "clip_ratio_low", "clip_ratio_high",
-  "kl_coef", "normalization", "seed",
+  "data.prompts_per_step", "rollout.group_size", "rollout.max_completion_tokens", "rollout.temperature",
+  "optim.lr", "update.normalizer", "update.clip_ratio_low", "update.clip_ratio_high", "update.kl_coef",
+  "rewards.normalization", "seed",
 ];
 const CHANGE_NAMES = {
   "reward/length": "Length reward",
@@ -29,19 +29,18 @@ function drawHeader(page) {
 }
 
 function runFacts(runs) {
-  const [run] = runs;
   const facts = [];
-  const model = run.settings["model.path"] ?? run.settings["model"];
-  if (model) facts.push(["model", model]);
-  if (run.steps.length) facts.push(["recorded", `steps ${run.steps[0]}–${run.steps[run.steps.length - 1]}`]);
-  const seconds = (run.series["time/step_s"] ?? []).filter(isNumber).reduce((sum, s) => sum + s, 0);
-  if (seconds) facts.push(["time in steps", formatDuration(seconds)]);
-  for (const leaf of KEY_SETTINGS) {
-    const key = Object.keys(run.settings).find((name) => name.split(".").pop() === leaf);
-    if (!key) continue;
-    const values = new Set(runs.map((other) => other.settings[key] ?? "–"));
-    facts.push([leaf.replaceAll("_", " "), [...values].join(" | ")]);
-  }
+  const add = (name, read) => {
+    const values = new Set(runs.map(read).filter(Boolean));
+    if (values.size) facts.push([name, [...values].join(" | ")]);
+  };
+  add("model", (run) => run.settings["model.path"]);
+  add("recorded", (run) => run.steps.length && `steps ${run.steps[0]}–${run.steps[run.steps.length - 1]}`);
+  add("time in steps", (run) => {
+    const seconds = (run.series["time/step_s"] ?? []).filter(isNumber).reduce((sum, s) => sum + s, 0);
+    return seconds && formatDuration(seconds);
+  });
+  for (const key of KEY_SETTINGS) add(key.split(".").pop().replaceAll("_", " "), (run) => run.settings[key]);
   return facts;
 }
 
@@ -51,10 +50,9 @@ function learnedCards(runs) {
   const rank = (key) => (order.includes(key) ? order.indexOf(key) : order.length);
   keys.sort((a, b) => rank(a) - rank(b));
   if (!keys.length) return null;
-  const window = Math.max(...runs.flatMap((run) => run.learned.map((change) => change.window)));
   return el("section", { class: "learned", "aria-label": "What was learned" },
     el("h2", {}, "What was learned", el("span", { class: "hint" },
-      ` mean of the first ${window} → last ${window} steps; a change within two standard errors is called unclear`)),
+      " mean of the first five → last five steps (fewer in a short run); a change within two standard errors is called unclear")),
     el("div", { class: "learned-grid" }, keys.map((key) => el("div", { class: "learned-card" },
       el("h3", {}, CHANGE_NAMES[key] ?? key),
       runs.map((run, r) => changeRow(run.learned.find((change) => change.key === key), run, r, runs.length))))));
@@ -63,14 +61,15 @@ function learnedCards(runs) {
 function changeRow(change, run, r, numRuns) {
   if (!change) return null;
   const { first, last, direction, good } = change;
-  const quality = direction === "unclear" || !good ? "neutral" : direction === good ? "better" : "worse";
-  const arrow = { up: "▲", down: "▼", unclear: "≈" }[direction];
+  const isMove = direction === "up" || direction === "down";
+  const quality = !isMove || !good ? "neutral" : direction === good ? "better" : "worse";
+  const arrow = { up: "▲", down: "▼", unclear: "≈", same: "=" }[direction];
   return el("div", { class: "change", title: `${run.name}: standard error ±${formatNumber(change.standard_error)}` },
     numRuns > 1 ? el("span", { class: "run-dot", style: `background:var(--c${r % 8})` }) : null,
     el("span", { class: "from" }, formatNumber(first)), el("span", { class: "to-arrow" }, "→"),
     el("span", { class: "to" }, formatNumber(last)),
     el("span", { class: `delta ${quality}` },
-      direction === "unclear" ? `${arrow} unclear` : `${arrow} ${formatNumber(Math.abs(last - first))}`));
+      `${arrow} ${isMove ? formatNumber(Math.abs(last - first)) : direction}`));
 }
 
 function fold(title, isOpen, ...content) {

@@ -93,7 +93,8 @@ class SampleBrowser {
       ["length reward", "reward/length"], ["writing reward", "reward/writing"], ["format reward", "reward/format"],
       ["words", "words/answer_mean"], ["truncated", "truncated_frac"], ["entropy", "entropy"], ["gradient norm", "grad_norm"],
     ].filter(([, key]) => i >= 0 && this.run.series[key]?.[i] !== undefined);
-    const warnings = this.run.warnings[state.step] ?? [];
+    const warnings = [state.step, state.missingStep].flatMap((step) =>
+      (this.run.warnings[step] ?? []).map((text) => `Step ${step}: ${text}`));
     this.summary.replaceChildren(
       el("p", { class: "step-facts" }, el("strong", {}, `Step ${state.step}`),
         facts.map(([name, key]) => el("span", {}, `${name} `, el("b", {}, formatNumber(this.run.series[key][i]))))),
@@ -156,7 +157,7 @@ class SampleBrowser {
       svg("circle", { cx: x(m.words_answer), cy: y(m.advantage), r: 5.5, class: m.advantage >= 0 ? "plus" : "minus" },
         svg("title", {}, `member ${m.member}: ${m.words_answer} words, advantage ${formatSigned(m.advantage)}`))));
     return el("figure", { class: "words-plot" },
-      el("figcaption", {}, "Words and advantage of each member", low === null ? "" : el("span", { class: "hint" }, " · band: the asked length")),
+      el("figcaption", {}, "Words × advantage", low === null ? "" : el("span", { class: "hint" }, " · band: the asked length")),
       svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": "Words and advantage of each member" },
         low === null ? null : svg("rect", { x: x(low), y: top, width: Math.max(x(high) - x(low), 1), height: height - top - bottom, class: "range" }),
         svg("g", { class: "axes" },
@@ -184,5 +185,22 @@ function promptPanel(group) {
       isNumber(group.prompt_row) ? el("span", { class: "chip" }, `prompt row ${group.prompt_row}`) : null,
       isNumber(group.num_prompt_tokens) ? el("span", { class: "chip" }, `${group.num_prompt_tokens} prompt tokens`) : null),
     el("div", { class: "request" }, group.prompt ?? ""),
+    el("p", { class: "hint" }, groupSummary(group)),
     group.prompt_text ? fold("The prompt as the model read it", false, el("pre", {}, group.prompt_text)) : null);
+}
+
+// "8 members · 3 inside the range, 2 under, 3 over · 1 truncated · 1 failed reward"
+function groupSummary({ members, length_range: range }) {
+  const count = (test) => members.filter(test).length;
+  const parts = [`${members.length} members`];
+  if (range && members.some((m) => isNumber(m.words_answer))) {
+    const under = count((m) => m.words_answer < range[0]), over = count((m) => m.words_answer > range[1]);
+    const inside = count((m) => m.words_answer >= range[0] && m.words_answer <= range[1]);
+    parts.push(`${inside} inside the range, ${under} under, ${over} over`);
+  }
+  const truncated = count((m) => m.truncated);
+  if (truncated) parts.push(`${truncated} truncated`);
+  const failed = count((m) => Object.values(m.rewards ?? {}).some((reward) => reward.raw === null));
+  if (failed) parts.push(`${failed} with a failed reward`);
+  return parts.join(" · ");
 }

@@ -1,0 +1,250 @@
+"""One GRPO step against TRL's `GRPOTrainer`: same model, prompts, batch, tokens, precision, CPU.
+
+Each side trains in a process of its own, alternating; the first step of a process is a warm-up.
+Both see a copy of the model whose end token is one that is practically never sampled, so every
+completion has exactly the same number of tokens. TRL runs in each of the settings listed in
+`TRL_SETTINGS`; compare with its best.
+
+    python -m bench.train_step --csv bench/results/cpu/train_step.csv
+
+Needs `pip install trl==1.16.0`.
+"""
+
+import argparse
+import csv
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+PROMPTS = [
+    "Write a short paragraph about the sea.",
+    "Describe a rainy street in about 60 words.",
+    "Write a note of thanks to a teacher.",
+    "Explain in a few sentences why people like dogs.",
+]
+# Tokens of one completion, completions of one prompt, prompts of one step.
+NUM_TOKENS, GROUP_SIZE, NUM_PROMPTS = 128, 8, 1
+RARE_TOKEN = "<reponame>"
+TRL_SETTINGS: dict[str, dict[str, Any]] = {
+    "trl": {"gradient_checkpointing": True},
+    "trl, no checkpointing": {"gradient_checkpointing": False},
+}
+OURS = "lwz"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of each process")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child = run_ours if args.child == OURS else run_trl
+        print(json.dumps(child(args) | {"peak_gb": peak_gb()}))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        model = prepare_model(Path(folder) / "model")
+        rows = [
+            run_child(provider, model, args)
+            for _ in range(args.rounds)
+            for provider in (OURS, *TRL_SETTINGS)
+        ]
+    write_rows(rows, args)
+
+
+def prepare_model(target: Path) -> Path:
+    """SmolLM2 with an end token that it does not write."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from lwz_trainer.model.source import BUILTIN_MODEL, resolve_model_dir
+
+    source = resolve_model_dir(BUILTIN_MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.eos_token = tokenizer.pad_token = RARE_TOKEN
+    model = AutoModelForCausalLM.from_pretrained(source)
+    for config in (model.config, model.generation_config):
+        config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    return target
+
+
+def run_child(provider: str, model: Path, args: argparse.Namespace) -> dict[str, Any]:
+    command = [sys.executable, "-m", "bench.train_step", "--child", provider, "--model", str(model)]
+    command += ["--steps", str(args.steps), "--dtype", args.dtype]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise SystemExit(f"{provider} failed:\n{result.stderr[-3000:]}")
+    row = {"provider": provider, **json.loads(result.stdout.splitlines()[-1])}
+    print(row, flush=True)
+    return row
+
+
+def run_ours(args: argparse.Namespace) -> dict[str, Any]:
+    from lwz_trainer.config.reading import load_config
+    from lwz_trainer.config.train import TrainConfig
+    from lwz_trainer.train.loop import run_train
+
+    with tempfile.TemporaryDirectory() as folder:
+        prompts = Path(folder) / "prompts.jsonl"
+        prompts.write_text(
+            "\n".join(json.dumps({"prompt": p, "length_range": [40, 80]}) for p in PROMPTS)
+        )
+        template = Path(folder) / "plain.txt"
+        template.write_text("{question}\n<answer>")
+        settings = {
+            "output_dir": f"{folder}/run",
+            "num_steps": args.steps + 1,
+            "model": {"path": str(args.model), "dtype": args.dtype, "checkpoint_layers": False},
+            "data": {
+                "prompts": str(prompts),
+                "template": str(template),
+                "prompts_per_step": NUM_PROMPTS,
+            },
+            "rollout": {
+                "group_size": GROUP_SIZE,
+                "max_completion_tokens": NUM_TOKENS,
+                "temperature": 1.0,
+                "stop": [],
+            },
+            "update": {"normalizer": "dapo", "microbatch_tokens": 640},
+            "optim": {"lr": 1e-6},
+            "checkpoint": {"every": 0, "export": False},
+            "log": {"tensorboard": False, "progress": False},
+        }
+        config_file = Path(folder) / "config.yaml"
+        config_file.write_text(json.dumps(settings))  # JSON is YAML
+        run_train(load_config(TrainConfig, config_file))
+        lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines][1:]
+    assert all(record["tokens/completion_mean"] == NUM_TOKENS for record in records)
+    return {
+        "step_s": [record["time/step_s"] for record in records],
+        "rollout_s": [record["time/rollout_s"] for record in records],
+    }
+
+
+def run_trl(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from lwz_trainer.rewards.text import count_words
+
+    times: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            times.append(time.perf_counter() - self.started)
+
+    def length(completions: list[str], **_: Any) -> list[float | None]:
+        return [min(1.0, count_words(text) / 80) for text in completions]
+
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = GRPOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype),
+            processing_class=tokenizer,
+            reward_funcs=length,
+            train_dataset=Dataset.from_list([{"prompt": f"{p}\n<answer>"} for p in PROMPTS]),
+            args=GRPOConfig(
+                output_dir=folder,
+                use_cpu=True,
+                bf16=args.dtype == "bf16",
+                per_device_train_batch_size=GROUP_SIZE * NUM_PROMPTS,
+                gradient_accumulation_steps=1,
+                num_generations=GROUP_SIZE,
+                max_completion_length=NUM_TOKENS,
+                temperature=1.0,
+                beta=0.0,
+                loss_type="dapo",
+                learning_rate=1e-6,
+                max_steps=args.steps + 1,
+                save_strategy="no",
+                report_to=[],
+                logging_steps=1,
+                disable_tqdm=True,
+                **TRL_SETTINGS[args.child],
+            ),
+            callbacks=[Clock()],
+        )
+        trainer.train()
+        log = [entry for entry in trainer.state.log_history if "completions/mean_length" in entry]
+    assert all(entry["completions/mean_length"] == NUM_TOKENS for entry in log), log
+    return {"step_s": times[1:], "rollout_s": []}
+
+
+def peak_gb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def write_rows(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    """One row a provider: medians over all timed steps of all its processes."""
+    import torch
+    import transformers
+    import trl
+
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    summary = []
+    for provider in (OURS, *TRL_SETTINGS):
+        own = [row for row in rows if row["provider"] == provider]
+        steps = [seconds for row in own for seconds in row["step_s"]]
+        rollouts = [seconds for row in own for seconds in row["rollout_s"]]
+        summary.append(
+            {
+                "provider": provider,
+                "dtype": args.dtype,
+                "completions": GROUP_SIZE * NUM_PROMPTS,
+                "completion_tokens": NUM_TOKENS,
+                "median_step_s": round(statistics.median(steps), 2),
+                "min_step_s": round(min(steps), 2),
+                "max_step_s": round(max(steps), 2),
+                "median_rollout_s": round(statistics.median(rollouts), 2) if rollouts else "",
+                "peak_gb": round(max(row["peak_gb"] for row in own), 2),
+                "num_steps": len(steps),
+                "cpu": cpu_name(),
+                "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "trl": trl.__version__,
+                "commit": commit,
+            }
+        )
+    ours = summary[0]
+    for row in summary:
+        row["step_ratio"] = round(row["median_step_s"] / ours["median_step_s"], 2)
+        row["peak_ratio"] = round(ours["peak_gb"] / row["peak_gb"], 2)
+    out = args.csv.open("w", newline="") if args.csv else sys.stdout
+    writer = csv.DictWriter(out, summary[0].keys())
+    writer.writeheader()
+    writer.writerows(summary)
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor()
+    lines = info.read_text().splitlines()
+    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "")
+
+
+if __name__ == "__main__":
+    main()

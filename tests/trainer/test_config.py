@@ -1,0 +1,85 @@
+"""Configuration files: the ones that ship are valid, and reading is the inverse of writing."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+
+from lwz_trainer.config.reading import dump_config, load_config, parse_command_line
+from lwz_trainer.config.train import TrainConfig
+from lwz_trainer.train.forecast import forecast_memory, num_parameters
+from tests.trainer.rollout_case import load_tiny
+from tests.trainer.train_case import ROOT
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_load_config_reads_every_config_that_ships(path: Path, tmp_path: Path) -> None:
+    config = load_config(TrainConfig, path)
+    assert Path(config.output_dir).name == path.stem
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(dump_config(config))
+    assert load_config(TrainConfig, saved) == config
+
+
+def test_parse_command_line_overrides_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("seed: 5\nrollout:\n  top_p: 0.9\n  stop: ['END']\n")
+    config = parse_command_line(
+        TrainConfig, [str(path), "--rollout.top_p=0.5", "--optim.lr=1e-5"], prog="train"
+    )
+    assert (config.seed, config.rollout.top_p, config.optim.lr) == (5, 0.5, 1e-5)
+    assert config.rollout.stop == ("END",)
+
+
+def all_fields(config_class: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    found = []
+    hints = get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        if dataclasses.is_dataclass(hints[field.name]):
+            found += all_fields(hints[field.name], f"{prefix}{field.name}.")
+        else:
+            found.append((prefix + field.name, config_class))
+    return found
+
+
+def test_every_field_is_read_somewhere() -> None:
+    """A field that no module outside config/ names is a knob that does nothing."""
+    sources = [
+        path.read_text()
+        for path in (ROOT / "lwz_trainer").rglob("*.py")
+        if path.parent.name != "config"
+    ]
+    text = "\n".join(sources)
+    unread = [name for name, _ in all_fields(TrainConfig) if f".{name.split('.')[-1]}" not in text]
+    derived = {"rewards.format.redundancy_threshold"}  # read through FormatRewardConfig.threshold
+    assert set(unread) <= derived
+
+
+def test_every_field_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        parse_command_line(TrainConfig, ["--help"], prog="train")
+    assert error.value.code == 0
+    help_text = capsys.readouterr().out
+    for name, _ in all_fields(TrainConfig):
+        assert f"--{name}".replace("_", "-") in help_text.replace("_", "-"), name
+
+
+def test_num_parameters_counts_what_the_model_has(tmp_path: Path) -> None:
+    for family in ("llama", "qwen2", "qwen3"):
+        model, _ = load_tiny(tmp_path, family)
+        assert num_parameters(model.config) == sum(p.numel() for p in model.parameters())
+
+
+def test_forecast_memory_counts_a_master_only_below_fp32(tmp_path: Path) -> None:
+    import torch
+
+    model, _ = load_tiny(tmp_path)
+    config = TrainConfig()
+    wide = forecast_memory(config, model.config, dtype=torch.float32, longest_prompt=100)
+    half = forecast_memory(config, model.config, dtype=torch.bfloat16, longest_prompt=100)
+    count = num_parameters(model.config)
+    assert sum(wide.always.values()) == 16 * count
+    assert sum(half.always.values()) == 18 * count
