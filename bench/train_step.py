@@ -117,7 +117,7 @@ def run_ours(args: argparse.Namespace) -> dict[str, Any]:
                 "temperature": 1.0,
                 "stop": [],
             },
-            "update": {"normalizer": "dapo", "microbatch_tokens": 640},
+            "update": {"normalizer": "dapo", "microbatch_tokens": 256, "loss_chunk_mb": 32},
             "optim": {"lr": 1e-6},
             "checkpoint": {"every": 0, "export": False},
             "log": {"tensorboard": False, "progress": False},

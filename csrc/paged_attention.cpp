@@ -51,19 +51,6 @@ uint16_t float_to_bf16(float value) {
     return static_cast<uint16_t>((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
 }
 
-int supported_level() {
-#if defined(LWZ_HAVE_X86_LEVELS)
-    __builtin_cpu_init();
-    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-        return kLwzAvx512;
-    }
-    if (has_avx2) return kLwzAvx2;
-#endif
-    return kLwzGeneric;
-}
-
 LwzKernel kernel_of(int level) {
 #if defined(LWZ_HAVE_X86_LEVELS)
     if (level == kLwzAvx512) return lwz_kernel_avx512();
@@ -83,7 +70,7 @@ int check(const Problem& p, int64_t num_pages, int level) {
     if (p.head_size % kHeadSizeStep != 0 || p.head_size < 1 || p.head_size > kMaxHeadSize) {
         return kLwzUnsupportedHeadSize;
     }
-    if (level < kLwzGeneric || level > supported_level()) return kLwzUnsupportedLevel;
+    if (level < kLwzGeneric || level > lwz_best_level()) return kLwzUnsupportedLevel;
     for (int64_t b = 0; b < p.batch; ++b) {
         const int64_t length = p.context_lens[b];
         if (length < 0 || length > p.max_pages * p.page_size) return kLwzContextTooLong;
@@ -235,18 +222,6 @@ void run(const Problem& p, Plan& plan, const LwzKernel& kernel, int num_threads)
 
 }  // namespace
 
-int lwz_abi_version() { return kLwzAbiVersion; }
-
-int lwz_best_level() { return supported_level(); }
-
-int lwz_has_openmp() {
-#if defined(_OPENMP)
-    return 1;
-#else
-    return 0;
-#endif
-}
-
 int lwz_paged_attention(const void* q, const void* k_cache, const void* v_cache,
                         const int32_t* page_table, const int32_t* context_lens, void* out,
                         int64_t batch, int64_t num_heads, int64_t num_kv_heads, int64_t head_size,
@@ -289,7 +264,7 @@ int lwz_store_kv(const void* k, const void* v, void* k_cache, void* v_cache, con
 }
 
 int lwz_vector_exp(const float* x, float* out, int64_t count, int level) {
-    if (level < kLwzGeneric || level > supported_level()) return kLwzUnsupportedLevel;
+    if (level < kLwzGeneric || level > lwz_best_level()) return kLwzUnsupportedLevel;
     kernel_of(level).vector_exp(x, out, count);
     return kLwzOk;
 }

@@ -6,35 +6,7 @@
 #ifndef LWZ_PAGED_ATTENTION_H
 #define LWZ_PAGED_ATTENTION_H
 
-#include <cstdint>
-
-#define LWZ_EXPORT extern "C" __attribute__((visibility("default")))
-
-// Raised with every change of a signature below; native.py refuses a library of another version.
-constexpr int kLwzAbiVersion = 1;
-
-enum LwzStatus : int {
-    kLwzOk = 0,
-    kLwzUnsupportedHeadSize = 1,
-    kLwzUnsupportedLevel = 2,
-    kLwzPageOutOfRange = 3,
-    kLwzContextTooLong = 4,
-    kLwzSlotOutOfRange = 5,
-    kLwzOutOfMemory = 6,
-};
-
-enum LwzDtype : int { kLwzFloat32 = 0, kLwzBFloat16 = 1 };
-
-// Instruction sets that the kernel is compiled for, narrowest first.
-enum LwzLevel : int { kLwzGeneric = 0, kLwzAvx2 = 1, kLwzAvx512 = 2 };
-
-LWZ_EXPORT int lwz_abi_version();
-
-// The widest level that both this build and this processor have.
-LWZ_EXPORT int lwz_best_level();
-
-// 1 if the library was compiled with OpenMP, else 0 (then every call runs on one thread).
-LWZ_EXPORT int lwz_has_openmp();
+#include "interface.h"
 
 // out[b, h] = softmax(scale * q[b, h] . K_b) V_b over the first context_lens[b] keys of row b;
 // zeros where context_lens[b] is 0. `level` is the widest instruction set that may be used.

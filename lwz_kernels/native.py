@@ -17,17 +17,20 @@ __all__ = [
     "best_level",
     "is_available",
     "levels",
+    "linear",
     "paged_attention",
     "store_kv",
+    "supports_depth",
     "supports_head_size",
     "unavailable_reason",
     "vector_exp",
 ]
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 LEVELS = ("generic", "avx2", "avx512")
 HEAD_SIZE_STEP = 8
 MAX_HEAD_SIZE = 512
+DEPTH_STEP = 8
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 
 _STATUS_MESSAGES = {
@@ -36,6 +39,7 @@ _STATUS_MESSAGES = {
     3: "page_table names a page that is out of range: expected 0 <= page < num_pages",
     4: "context_lens is out of range: expected 0 <= length <= max_pages * page_size",
     5: "slot_mapping is out of range: expected slot < num_pages * page_size",
+    7: f"the inner size must be a multiple of {DEPTH_STEP}",
 }
 _OUT_OF_MEMORY = 6
 
@@ -63,6 +67,41 @@ def best_level() -> str:
 def supports_head_size(head_size: int) -> bool:
     """Whether the kernels can run this head size."""
     return head_size % HEAD_SIZE_STEP == 0 and 0 < head_size <= MAX_HEAD_SIZE
+
+
+def supports_depth(depth: int) -> bool:
+    """Whether `linear` can run this inner size."""
+    return depth > 0 and depth % DEPTH_STEP == 0
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    out_dtype: torch.dtype,
+    level: str | None = None,
+) -> torch.Tensor:
+    """x·weightᵀ + bias of contiguous CPU tensors; `level=None` takes the best instruction set."""
+    library = _library()
+    num_rows, depth = x.shape
+    out = torch.empty(num_rows, weight.shape[0], dtype=out_dtype)
+    status = library.lwz_linear(
+        x.data_ptr(),
+        weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        num_rows,
+        weight.shape[0],
+        depth,
+        DTYPE_CODES[x.dtype],
+        DTYPE_CODES[weight.dtype],
+        DTYPE_CODES[out_dtype],
+        _level_code(library, level),
+        torch.get_num_threads(),
+    )
+    _raise_for_status(status)
+    return out
 
 
 def paged_attention(
@@ -147,7 +186,7 @@ def _raise_for_status(status: int) -> None:
     if status == 0:
         return
     if status == _OUT_OF_MEMORY:
-        raise MemoryError("native library: out of memory for partial results")
+        raise MemoryError("native library: out of memory for intermediate results")
     raise ValueError(_STATUS_MESSAGES[status])
 
 
@@ -212,7 +251,8 @@ def _declare(library: ctypes.CDLL) -> None:
         ctypes.c_float,
         *[i32] * 3,
     ]
+    library.lwz_linear.argtypes = [*[pointer] * 4, *[i64] * 3, *[i32] * 5]
     library.lwz_store_kv.argtypes = [*[pointer] * 5, *[i64] * 3, i32]
     library.lwz_vector_exp.argtypes = [pointer, pointer, i64, i32]
-    for name in ("lwz_best_level", "lwz_paged_attention", "lwz_store_kv", "lwz_vector_exp"):
-        getattr(library, name).restype = i32
+    for name in ("best_level", "linear", "paged_attention", "store_kv", "vector_exp"):
+        getattr(library, f"lwz_{name}").restype = i32

@@ -92,6 +92,7 @@ def linear_policy_loss(
 
     Raises:
         ValueError: shapes or dtypes that do not fit, or a missing tensor that the config needs.
+        RuntimeError: a second backward through the same loss.
     """
     config = config or PolicyLossConfig()
     _check_head(hidden, weight, labels, chunk_bytes)

@@ -158,7 +158,7 @@ class LinearPolicyLoss(torch.autograd.Function):
                     dweight += matmul_wide(grad_CV.to(hidden.dtype).t(), hidden[chunk])
                 else:
                     dweight.addmm_(grad_CV.t(), hidden[chunk].to(wide))
-        ctx.save_for_backward(dhidden, dweight)
+        ctx.gradients = (dhidden, dweight)
         ctx.weight_dtype = weight.dtype
         names = sorted(metrics)
         ctx.mark_non_differentiable(logprobs_R, *(metrics[name] for name in names))
@@ -167,11 +167,15 @@ class LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
-        dhidden, dweight = ctx.saved_tensors
+        if ctx.gradients is None:
+            raise RuntimeError("linear_policy_loss: its gradients can be taken once only")
+        # Scaled in place and handed over: a second [V, D] buffer would double the head's memory.
+        dhidden, dweight = ctx.gradients
+        ctx.gradients = None
         if dhidden is not None:
-            dhidden = dhidden * dloss.to(dhidden.dtype)
+            dhidden.mul_(dloss)
         if dweight is not None:
-            dweight = (dweight * dloss).to(ctx.weight_dtype)
+            dweight = dweight.mul_(dloss).to(ctx.weight_dtype)
         return dhidden, dweight, *(None,) * 9
 
 

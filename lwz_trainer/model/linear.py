@@ -3,6 +3,7 @@
 A CPU without bf16 matrix instructions (AVX2, or AVX-512 without BF16) multiplies bf16 matrices
 several times slower than fp32 ones. There `linear` multiplies fp32 copies that live for one call;
 a handful of rows is limited by reading the weights, so those stay bf16.
+Decoding has few rows and no gradients: there the kernel that reads each weight once runs instead.
 """
 
 import functools
@@ -12,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["default_dtype", "has_native_bf16", "linear", "resolve_dtype"]
+from lwz_kernels.policy_loss import matmul_wide
+from lwz_kernels.skinny_linear import AUTO_MAX_ROWS, skinny_linear
+
+__all__ = ["default_dtype", "has_native_bf16", "linear", "resolve_dtype", "wide_logits"]
 
 # From this many rows on, fp32 copies are the faster choice (AVX2, 576 x 1536, one thread: 8 rows
 # 0.62 ms against 1.72 ms, 32 rows 0.95 ms against 5.80 ms; one row 0.21 ms against 0.19 ms).
@@ -55,6 +59,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Numerics: accumulates in fp32 for bf16 and fp32 inputs, rounds once at the end.
     """
+    if _is_skinny(x, weight):
+        out_RO = skinny_linear(x.reshape(-1, x.shape[-1]), weight, bias)
+        return out_RO.view(*x.shape[:-1], weight.shape[0])
     if (
         x.dtype == torch.bfloat16
         and x.device.type == "cpu"
@@ -63,6 +70,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     ):
         return _Fp32Linear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def wide_logits(hidden: Tensor, head: Tensor) -> Tensor:
+    """hidden · headᵀ in fp32 for sampling: [B, D] and [V, D] (an fp32 head on a CPU) to [B, V]."""
+    if hidden.device.type == "cpu" and not torch.is_grad_enabled():
+        return skinny_linear(hidden.to(head.dtype), head)
+    return matmul_wide(hidden, head.t())
+
+
+def _is_skinny(x: Tensor, weight: Tensor) -> bool:
+    """Whether the inference kernel for few rows may run, and no bf16 instructions beat it."""
+    if x.device.type != "cpu" or torch.is_grad_enabled() or x.dtype != weight.dtype:
+        return False
+    is_suitable = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and not has_native_bf16())
+    return is_suitable and 0 < x.numel() <= AUTO_MAX_ROWS * x.shape[-1]
 
 
 class _Fp32Linear(torch.autograd.Function):

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from lwz_kernels.attention import AttentionPlan
-from lwz_kernels.policy_loss import head_operand, matmul_wide
+from lwz_kernels.policy_loss import head_operand
 from lwz_trainer.config.sections import RolloutConfig
 from lwz_trainer.errors import UserError
 from lwz_trainer.model.decoder import Decoder
+from lwz_trainer.model.linear import wide_logits
 from lwz_trainer.rollout.attend import DecodeAttend, PrefillAttend
 from lwz_trainer.rollout.kv_cache import PageAllocator, PagedKVCache, num_pages_for
 from lwz_trainer.rollout.sampling import keyed_uniforms, sample_tokens
@@ -82,6 +83,29 @@ class RolloutEngine:
         self.expected_completion_tokens = float(config.max_completion_tokens)
         """Running estimate that admission goes by; carried from rollout to rollout."""
 
+    def plan_cache(self, *, longest_prompt: int, num_samples: int) -> tuple[int, int, int]:
+        """Rows decoded together, pages of one row at full length, and pages in all.
+
+        Raises:
+            UserError: the memory limit or the config leaves no room for one sequence.
+        """
+        config, model = self._config, self._model.config
+        full_length = longest_prompt + config.max_completion_tokens
+        pages_each = num_pages_for(full_length, config.page_size) + 1
+        max_num_seqs = min(config.max_num_seqs, num_samples)
+        page_elements = 2 * model.layers * config.page_size * model.kv_heads * model.head_dim
+        page_bytes = page_elements * self._model.head_weight.element_size()
+        num_pages = min(pages_each * (max_num_seqs + 1), self._memory_limit_bytes // page_bytes)
+        if config.kv_cache_tokens:
+            num_pages = num_pages_for(config.kv_cache_tokens, config.page_size)
+        if num_pages < pages_each:
+            raise UserError(
+                f"the KV cache has room for {num_pages * config.page_size} tokens, one sequence "
+                f"may need {pages_each * config.page_size}: lower rollout.max_completion_tokens or "
+                "raise rollout.kv_cache_tokens"
+            )
+        return max_num_seqs, pages_each, num_pages
+
     @torch.inference_mode()
     def generate(
         self,
@@ -126,11 +150,10 @@ class RolloutEngine:
     def _begin(self, requests: list[Request]) -> _Phase:
         config, model = self._config, self._model.config
         weight = self._model.head_weight
-        longest = max(len(request.prompt_ids) for request in requests)
-        pages_each = num_pages_for(longest + config.max_completion_tokens, config.page_size) + 1
-        num_samples = sum(len(request.samples) for request in requests)
-        max_num_seqs = min(config.max_num_seqs, num_samples)
-        num_pages = self._num_pages(pages_each, max_num_seqs, weight.element_size())
+        max_num_seqs, pages_each, num_pages = self.plan_cache(
+            longest_prompt=max(len(request.prompt_ids) for request in requests),
+            num_samples=sum(len(request.samples) for request in requests),
+        )
         return _Phase(
             scheduler=Scheduler(
                 requests,
@@ -152,25 +175,6 @@ class RolloutEngine:
             page_table=torch.zeros(max_num_seqs, pages_each, dtype=torch.int32),
             head_VD=head_operand(weight),
         )
-
-    def _num_pages(self, pages_each: int, max_num_seqs: int, element_size: int) -> int:
-        """Enough for all rows at full length, or what the memory limit or the config allows."""
-        config, model = self._config, self._model.config
-        page_bytes = (
-            2 * model.layers * config.page_size * model.kv_heads * model.head_dim
-        ) * element_size
-        wanted = pages_each * (max_num_seqs + 1)
-        limit = self._memory_limit_bytes // page_bytes
-        if config.kv_cache_tokens:
-            wanted = limit = num_pages_for(config.kv_cache_tokens, config.page_size)
-        num_pages = min(wanted, limit)
-        if num_pages < pages_each:
-            raise UserError(
-                f"the KV cache has room for {num_pages * config.page_size} tokens, one sequence "
-                f"may need {pages_each * config.page_size}: lower rollout.max_completion_tokens or "
-                "raise rollout.kv_cache_tokens"
-            )
-        return num_pages
 
     def _prefill(self, phase: _Phase) -> tuple[list[Sequence], Tensor]:
         """Admits what fits and fills its pages; fresh sequences return with the prompt's hidden."""
@@ -273,7 +277,7 @@ class RolloutEngine:
         self, phase: _Phase, sequences: list[Sequence], hidden_BD: Tensor, *, seed: int, step: int
     ) -> None:
         config, device = self._config, hidden_BD.device
-        logits_BV = matmul_wide(hidden_BD, phase.head_VD.t())
+        logits_BV = wide_logits(hidden_BD, phase.head_VD)
         samples_B = torch.tensor([sequence.sample for sequence in sequences], device=device)
         positions_B = torch.tensor([len(sequence.tokens) for sequence in sequences], device=device)
         tokens_B, logprobs_B = sample_tokens(

@@ -87,11 +87,6 @@ class Trainer:
         )
         self._prompts = PromptSet(config, self._tokenizer, self._model.config.max_positions)
         self._scorer = Scorer(config.rewards, self._prompts.kind, ranks.device)
-        if ranks.is_main:
-            # fp32 masters and two moments of every parameter.
-            size = 12 * sum(p.numel() for p in self._model.parameters())
-            prepare_run_dir(config, checkpoint_bytes=size)
-        ranks.barrier()
         self._run_dir = Path(config.output_dir)
         self._engine = RolloutEngine(
             self._model,
@@ -100,6 +95,14 @@ class Trainer:
             config=config.rollout,
             memory_limit_bytes=_kv_memory_limit(ranks.device),
         )
+        self._engine.plan_cache(
+            longest_prompt=self._prompts.longest, num_samples=config.rollout.max_num_seqs
+        )
+        if ranks.is_main:
+            # fp32 masters and two moments of every parameter.
+            size = 12 * sum(p.numel() for p in self._model.parameters())
+            prepare_run_dir(config, checkpoint_bytes=size)
+        ranks.barrier()
         self._optimizer = FlatAdamW(self._model, config.optim)
         self._update = PolicyUpdate(
             self._model,

@@ -18,8 +18,8 @@ __all__ = ["Recorder", "prepare_run_dir"]
 METRICS_FILE = "metrics.jsonl"
 
 
-def prepare_run_dir(config: TrainConfig, *, checkpoint_bytes: int) -> Path:
-    """Creates the run directory, proves that it can be written, and saves the resolved config.
+def prepare_run_dir(config: TrainConfig, *, checkpoint_bytes: int) -> None:
+    """Creates the run directory, after everything that speaks against it.
 
     Args:
         config: of the run.
@@ -29,6 +29,19 @@ def prepare_run_dir(config: TrainConfig, *, checkpoint_bytes: int) -> Path:
     for name in ("wandb", "trackio"):
         if getattr(config.log, name):
             _import_extra(name)
+    if not config.checkpoint.resume and (run_dir / METRICS_FILE).exists():
+        raise UserError(
+            f"output_dir {run_dir} already holds a run: pass another output_dir, or "
+            "--checkpoint.resume=True to go on with it"
+        )
+    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    needed = (config.checkpoint.keep + 1) * checkpoint_bytes
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UserError(
+            f"{free / 1e9:.2f} GB are free on the disk of output_dir {run_dir}, checkpoints need "
+            f"{needed / 1e9:.2f} GB: free space, lower checkpoint.keep, or pass another output_dir"
+        )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe = run_dir / ".write_probe"
@@ -38,28 +51,15 @@ def prepare_run_dir(config: TrainConfig, *, checkpoint_bytes: int) -> Path:
         raise UserError(
             f"cannot write to output_dir {run_dir} ({error.strerror}): pass another output_dir"
         ) from error
-    needed = (config.checkpoint.keep + 1) * checkpoint_bytes
-    free = shutil.disk_usage(run_dir).free
-    if free < needed:
-        raise UserError(
-            f"{free / 1e9:.2f} GB are free on the disk of output_dir {run_dir}, checkpoints need "
-            f"{needed / 1e9:.2f} GB: free space, lower checkpoint.keep, or pass another output_dir"
-        )
-    if not config.checkpoint.resume and (run_dir / METRICS_FILE).exists():
-        raise UserError(
-            f"output_dir {run_dir} already holds a run: pass another output_dir, or "
-            "--checkpoint.resume=True to go on with it"
-        )
-    partial = run_dir / ".config.yaml.partial"
-    partial.write_text(dump_config(config), encoding="utf-8")
-    os.replace(partial, run_dir / "config.yaml")
-    return run_dir
 
 
 class Recorder:
-    """Appends one line a step and forwards it to the trackers that are switched on."""
+    """Saves the config, appends one line a step, forwards it to the trackers that are on."""
 
     def __init__(self, config: TrainConfig, run_dir: Path, *, num_steps_done: int) -> None:
+        partial = run_dir / ".config.yaml.partial"
+        partial.write_text(dump_config(config), encoding="utf-8")
+        os.replace(partial, run_dir / "config.yaml")
         self._path = run_dir / METRICS_FILE
         self.history = _keep_first_steps(self._path, num_steps_done)
         for path in (run_dir / "samples").glob("step_*.parquet"):

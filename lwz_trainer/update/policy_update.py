@@ -254,7 +254,8 @@ class PolicyUpdate:
         counts: tuple[int, int],
     ) -> None:
         """Stops before the optimizer step and names the samples whose loss or gradient is bad."""
-        if torch.isfinite(grad_norm) and all(torch.isfinite(loss) for loss in losses):
+        is_finite = all(bool(torch.isfinite(value)) for value in (grad_norm, *losses))
+        if not self._ranks.max([float(not is_finite)])[0]:
             return
         bad: list[int] = []
         for batch, loss in zip(batches, losses, strict=True):

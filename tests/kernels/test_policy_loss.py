@@ -196,6 +196,13 @@ def test_linear_logprobs_is_a_distribution(offset: float, vocab: int, seed: int)
     torch.testing.assert_close(logprobs, plain, rtol=0, atol=1e-3)
 
 
+def test_linear_policy_loss_gives_its_gradients_once() -> None:
+    loss, _ = kernel_loss(make_case(), PolicyLossConfig(), on_policy=True, chunk_rows=4)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once only"):
+        loss.backward()
+
+
 def test_linear_policy_loss_of_no_rows_is_zero() -> None:
     case = {
         name: value[:0].detach().requires_grad_(value.requires_grad) if name != "weight" else value

@@ -93,7 +93,7 @@ def test_train_refuses_impossible_settings(
     if "device" in settings and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     assert_refused(make_run_args(tmp_path, **settings), capsys, expected)
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,9 @@ def test_train_refuses_the_checkpoint_of_another_model(
     assert main(make_run_args(tmp_path, num_steps=1)) == 0
     other = make_tiny_model(tmp_path / "other", "qwen2")
     arguments = make_run_args(tmp_path, **{"model.path": other})
+    before = (tmp_path / "run" / "config.yaml").read_text()
     assert_refused(arguments, capsys, "is of another model", "family")
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
 
 
 @pytest.mark.dist

@@ -4,8 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from lwz_kernels.skinny_linear import AUTO_MAX_ROWS, skinny_linear
 from lwz_trainer.model import linear as linear_module
-from lwz_trainer.model.linear import default_dtype, has_native_bf16, linear, resolve_dtype
+from lwz_trainer.model.linear import (
+    default_dtype,
+    has_native_bf16,
+    linear,
+    resolve_dtype,
+    wide_logits,
+)
 
 ROWS, IN, OUT = 40, 48, 24
 
@@ -68,6 +75,60 @@ def test_linear_of_few_rows_reads_bf16_weights_directly(monkeypatch: pytest.Monk
     monkeypatch.setattr(linear_module, "has_native_bf16", lambda: False)
     x, weight, bias = inputs(torch.bfloat16)
     assert type(linear(x[:1, :2], weight, bias).grad_fn).__name__ != "_Fp32LinearBackward"
+
+
+@pytest.fixture
+def skinny_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of rows of every call of the skinny kernel."""
+    calls: list[int] = []
+
+    def record(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        calls.append(x.shape[0])
+        return skinny_linear(x, weight, bias)
+
+    monkeypatch.setattr(linear_module, "skinny_linear", record)
+    return calls
+
+
+@pytest.mark.parametrize("rows", [1, AUTO_MAX_ROWS, AUTO_MAX_ROWS + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_linear_without_gradients_uses_the_skinny_kernel_for_few_rows(
+    native_bf16: bool, skinny_rows: list[int], dtype: torch.dtype, rows: int
+) -> None:
+    _, weight, bias = inputs(dtype)
+    x = torch.randn(rows, IN, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with torch.inference_mode():
+        out = linear(x[None], weight, bias)
+    is_left_to_torch = rows > AUTO_MAX_ROWS or (native_bf16 and dtype == torch.bfloat16)
+    assert skinny_rows == ([] if is_left_to_torch else [rows])
+    assert out.shape == (1, rows, OUT)
+    exact = x.double() @ weight.double().T + bias.double()
+    error = (out[0].double() - exact).norm() / exact.norm()
+    assert error < torch.finfo(dtype).eps / 2 + 8 * torch.finfo(torch.float32).eps
+
+
+def test_linear_with_gradients_never_uses_the_skinny_kernel(skinny_rows: list[int]) -> None:
+    x, weight, bias = inputs(torch.float32)
+    linear(x[:1, :2], weight, bias).sum().backward()
+    assert skinny_rows == []
+    assert weight.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_wide_logits_are_fp32_with_and_without_gradients(
+    skinny_rows: list[int], dtype: torch.dtype
+) -> None:
+    x, weight, _ = inputs(dtype)
+    hidden, head = x[0].detach(), weight.detach().float()
+    exact = hidden.double() @ head.double().T
+    with_gradients = wide_logits(hidden, head)
+    assert skinny_rows == []
+    with torch.no_grad():
+        without = wide_logits(hidden, head)
+    assert skinny_rows == [ROWS // 2]
+    for logits in (with_gradients, without):
+        assert logits.dtype == torch.float32
+        assert (logits.double() - exact).norm() <= 1e-6 * exact.norm()
 
 
 @pytest.mark.usefixtures("native_bf16")

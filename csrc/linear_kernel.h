@@ -1,0 +1,40 @@
+// What the driver (linear.cpp) and the kernels (linear_kernel.cpp, compiled once per instruction
+// set) share. A "column" is a column of the output: one row of the weight.
+#ifndef LWZ_LINEAR_KERNEL_H
+#define LWZ_LINEAR_KERNEL_H
+
+#include <cstdint>
+
+constexpr int64_t kDepthStep = 8;
+// The sums over k run in blocks of equal size, at most this long, that are added in order.
+constexpr int64_t kMaxBlockDepth = 256;
+
+struct LwzLinear {
+    const void* x;       // [num_rows, depth]
+    const void* weight;  // [num_columns, depth]
+    const void* bias;    // [num_columns] or null
+    void* out;           // [num_rows, num_columns]
+    int64_t num_rows, num_columns, depth;
+    int x_dtype, weight_dtype, out_dtype;
+    // [num_vecs, depth, lanes]: x transposed in groups of `lanes` rows, zeros after the last row.
+    float* packed_x;
+    int64_t num_vecs;
+};
+
+// `accumulate` works on columns [begin, end) into acc: [end - begin, num_vecs * lanes]; it brings
+// the weights of column `ahead` and of those behind it into the cache for the next call.
+struct LwzLinearKernel {
+    int lanes;
+    void (*pack)(const LwzLinear& linear, int64_t vec);
+    void (*accumulate)(const LwzLinear& linear, int64_t begin, int64_t end, int64_t ahead,
+                       float* acc);
+    void (*write)(const LwzLinear& linear, int64_t begin, int64_t end, const float* acc);
+};
+
+LwzLinearKernel lwz_linear_generic();
+#if defined(LWZ_HAVE_X86_LEVELS)
+LwzLinearKernel lwz_linear_avx2();
+LwzLinearKernel lwz_linear_avx512();
+#endif
+
+#endif  // LWZ_LINEAR_KERNEL_H

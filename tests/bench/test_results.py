@@ -1,0 +1,55 @@
+"""The figures in the README are those of the files in the tree."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from lwz_trainer.config.reading import load_config
+from lwz_trainer.config.train import TrainConfig
+from tests.trainer.train_case import ROOT
+
+RUNS = sorted((ROOT / "docs" / "runs" / "cpu_demo").glob("seed_*"))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+STEPS = ROOT / "bench" / "results" / "cpu"
+
+
+def first_and_last(run: Path, key: str) -> tuple[float, float]:
+    """Means over the first and the last five steps."""
+    values = [json.loads(line)[key] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return sum(values[:5]) / 5, sum(values[-5:]) / 5
+
+
+def test_three_seeds_of_one_config_are_committed() -> None:
+    configs = [load_config(TrainConfig, run / "config.yaml") for run in RUNS]
+    assert [config.seed for config in configs] == [0, 1, 2]
+    shipped = load_config(TrainConfig, ROOT / "configs" / "cpu_demo.yaml")
+    for config in configs:
+        for section in ("model", "data", "rollout", "rewards", "update", "optim"):
+            assert getattr(config, section) == getattr(shipped, section)
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+def test_committed_runs_learn_format_and_length(run: Path) -> None:
+    format_first, format_last = first_and_last(run, "reward/format")
+    length_first, length_last = first_and_last(run, "reward/length")
+    assert format_last - format_first >= 0.3
+    assert length_last - length_first >= 0.15
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+def test_readme_shows_the_committed_runs(run: Path) -> None:
+    parts = [f"| {run.name.removeprefix('seed_')} "]
+    for key in ("reward/format", "reward/length"):
+        first, last = first_and_last(run, key)
+        parts.append(f"| {first:.2f} → {last:.2f} ")
+    assert "".join(parts) + "|" in README
+
+
+@pytest.mark.parametrize("path", sorted(STEPS.glob("train_step_*.csv")), ids=lambda path: path.stem)
+def test_readme_shows_the_measured_steps(path: Path) -> None:
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            cells = (row["provider"], row["dtype"], row["median_step_s"], row["peak_gb"])
+            assert f"| {' | '.join(cells)} |" in README
