@@ -4,6 +4,7 @@ import faulthandler
 import logging
 import os
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +52,9 @@ def run_train(config: TrainConfig) -> None:
         num_threads=config.num_threads,
         timeout_minutes=config.timeout_minutes,
     )
-    if hasattr(signal, "SIGUSR1"):
-        faulthandler.register(signal.SIGUSR1)  # where is it? stacks of all threads, to stderr
+    if hasattr(signal, "SIGUSR1") and sys.__stderr__ is not None:
+        # Where is it? Stacks of all threads, to the process's own stderr.
+        faulthandler.register(signal.SIGUSR1, file=sys.__stderr__)
     stop = StopSignal()
     stop.install()
     try:
