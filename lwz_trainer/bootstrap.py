@@ -37,6 +37,9 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] not in commands:
         print("usage: python3 -m lwz_trainer.bootstrap setup|demo|test [options]", file=sys.stderr)
         return 2
+    if sys.version_info < (3, 11):  # noqa: UP036 - this file also starts on an older Python
+        print(f"error: Python 3.11 or newer is needed, this is {sys.version}", file=sys.stderr)
+        return 2
     try:
         _set_up()
     except subprocess.CalledProcessError as error:
