@@ -8,9 +8,6 @@ written, so that K and V come from memory: a decoding step streams the model's w
 """
 
 import argparse
-import csv
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from bench import report
 from lwz_kernels import native
 from lwz_kernels.paged_attention import paged_attention
 
@@ -85,11 +83,7 @@ def main() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         for shape in SHAPES:
             rows += _rows(shape, dtype, options.threads, options.seconds)
-    options.csv.parent.mkdir(parents=True, exist_ok=True)
-    with options.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    report.write_csv(options.csv, COLUMNS, rows)
 
 
 def _rows(shape: Shape, dtype: torch.dtype, threads: int, seconds: float) -> list[dict]:
@@ -105,7 +99,7 @@ def _rows(shape: Shape, dtype: torch.dtype, threads: int, seconds: float) -> lis
     read_gb = num_values * dtype.itemsize / 1e9
     rows = []
     for provider, samples in times_ms.items():
-        p20, median, p80 = _quantiles(samples)
+        p20, median, p80 = report.quantiles(samples)
         rows.append(
             {
                 "op": "paged_attention",
@@ -116,12 +110,11 @@ def _rows(shape: Shape, dtype: torch.dtype, threads: int, seconds: float) -> lis
                 "p20_ms": f"{p20:.4f}",
                 "p80_ms": f"{p80:.4f}",
                 "gb_per_s": f"{read_gb / (median / 1e3):.2f}",
-                "device": _cpu_name(),
-                "cpu_capability": f"{native.best_level()} (torch: "
-                f"{torch.backends.cpu.get_cpu_capability()})",
+                "device": report.cpu_name(),
+                "cpu_capability": report.cpu_capability(),
                 "threads": threads,
                 "torch": torch.__version__,
-                "commit": _commit(),
+                "commit": report.commit(),
             }
         )
         print(f"{rows[-1]['dtype']:9} {shape!s:34} {provider:22} {median:9.3f} ms", flush=True)
@@ -183,25 +176,6 @@ def _time_interleaved(
             if elapsed > WARM_UP_S:
                 times_ms[name].append((time.perf_counter() - before) * 1e3)
     return times_ms
-
-
-def _quantiles(samples: list[float]) -> tuple[float, float, float]:
-    deciles = statistics.quantiles(samples, n=10, method="inclusive")
-    return deciles[1], deciles[4], deciles[7]
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "unknown"
-
-
-def _commit() -> str:
-    result = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return result.stdout.strip() or "uncommitted"
 
 
 if __name__ == "__main__":

@@ -9,10 +9,8 @@ Every provider must match fp64 before it is timed.
 """
 
 import argparse
-import csv
 import itertools
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from bench import report
 from lwz_kernels import native
 from lwz_kernels.skinny_linear import skinny_linear
 
@@ -85,11 +84,7 @@ def main() -> None:
         for num_rows in ROWS:
             shape = Shape(num_rows, columns, depth)
             rows += _rows(shape, weights, options.threads, options.seconds)
-    options.csv.parent.mkdir(parents=True, exist_ok=True)
-    with options.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    report.write_csv(options.csv, COLUMNS, rows)
 
 
 def _rows(shape: Shape, weights: list[torch.Tensor], threads: int, seconds: float) -> list[dict]:
@@ -105,26 +100,25 @@ def _rows(shape: Shape, weights: list[torch.Tensor], threads: int, seconds: floa
     gflop = 2 * shape.rows * shape.columns * shape.depth / 1e9
     rows = []
     for provider, samples in times_ms.items():
-        deciles = statistics.quantiles(samples, n=10, method="inclusive")
-        median_s = statistics.median(samples) / 1e3
+        p20, median, p80 = report.quantiles(samples)
+        median_s = median / 1e3
         rows.append(
             {
                 "op": "skinny_linear",
                 "provider": provider,
                 "dtype": str(dtype).removeprefix("torch."),
                 "shape": str(shape),
-                "median_ms": f"{median_s * 1e3:.4f}",
+                "median_ms": f"{median:.4f}",
                 "min_ms": f"{min(samples):.4f}",
-                "p20_ms": f"{deciles[1]:.4f}",
-                "p80_ms": f"{deciles[7]:.4f}",
+                "p20_ms": f"{p20:.4f}",
+                "p80_ms": f"{p80:.4f}",
                 "gb_per_s": f"{read_gb / median_s:.2f}",
                 "gflops": f"{gflop / median_s:.1f}",
-                "device": _cpu_name(),
-                "cpu_capability": f"{native.best_level()} (torch: "
-                f"{torch.backends.cpu.get_cpu_capability()})",
+                "device": report.cpu_name(),
+                "cpu_capability": report.cpu_capability(),
                 "threads": threads,
                 "torch": torch.__version__,
-                "commit": _commit(),
+                "commit": report.commit(),
             }
         )
     native_ms, torch_ms = (statistics.median(samples) for samples in times_ms.values())
@@ -170,20 +164,6 @@ def _time_interleaved(
                 times_ms[name].append((time.perf_counter() - before) * 1e3)
         next(copies)  # an even number of copies would give each provider its own half
     return times_ms
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "unknown"
-
-
-def _commit() -> str:
-    result = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return result.stdout.strip() or "uncommitted"
 
 
 if __name__ == "__main__":

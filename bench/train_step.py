@@ -11,9 +11,7 @@ Needs `pip install trl==1.16.0`.
 """
 
 import argparse
-import csv
 import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -22,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from bench import report
 
 PROMPTS = [
     "Write a short paragraph about the sea.",
@@ -117,7 +117,8 @@ def run_ours(args: argparse.Namespace) -> dict[str, Any]:
                 "temperature": 1.0,
                 "stop": [],
             },
-            "update": {"normalizer": "dapo", "microbatch_tokens": 256, "loss_chunk_mb": 32},
+            "loss": {"loss_type": "dapo"},
+            "update": {"microbatch_tokens": 256},
             "optim": {"lr": 1e-6},
             "checkpoint": {"every": 0, "export": False},
             "log": {"tensorboard": False, "progress": False},
@@ -199,10 +200,7 @@ def write_rows(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     import transformers
     import trl
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    summary = []
+    summary: list[dict[str, Any]] = []
     for provider in (OURS, *TRL_SETTINGS):
         own = [row for row in rows if row["provider"] == provider]
         steps = [seconds for row in own for seconds in row["step_s"]]
@@ -219,31 +217,20 @@ def write_rows(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
                 "median_rollout_s": round(statistics.median(rollouts), 2) if rollouts else "",
                 "peak_gb": round(max(row["peak_gb"] for row in own), 2),
                 "num_steps": len(steps),
-                "cpu": cpu_name(),
+                "cpu": report.cpu_name(),
                 "cpu_capability": torch.backends.cpu.get_cpu_capability(),
                 "threads": torch.get_num_threads(),
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
                 "trl": trl.__version__,
-                "commit": commit,
+                "commit": report.commit(),
             }
         )
     ours = summary[0]
     for row in summary:
         row["step_ratio"] = round(row["median_step_s"] / ours["median_step_s"], 2)
         row["peak_ratio"] = round(ours["peak_gb"] / row["peak_gb"], 2)
-    out = args.csv.open("w", newline="") if args.csv else sys.stdout
-    writer = csv.DictWriter(out, summary[0].keys())
-    writer.writeheader()
-    writer.writerows(summary)
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return platform.processor()
-    lines = info.read_text().splitlines()
-    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "")
+    report.write_csv(args.csv, list(summary[0]), summary)
 
 
 if __name__ == "__main__":

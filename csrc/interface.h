@@ -7,7 +7,7 @@
 #define LWZ_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Raised with every change of a C signature; native.py refuses a library of another version.
-constexpr int kLwzAbiVersion = 2;
+constexpr int kLwzAbiVersion = 3;
 
 enum LwzStatus : int {
     kLwzOk = 0,
@@ -18,6 +18,7 @@ enum LwzStatus : int {
     kLwzSlotOutOfRange = 5,
     kLwzOutOfMemory = 6,
     kLwzUnsupportedDepth = 7,
+    kLwzEmptyVocabulary = 8,
 };
 
 enum LwzDtype : int { kLwzFloat32 = 0, kLwzBFloat16 = 1 };

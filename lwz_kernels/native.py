@@ -9,6 +9,7 @@ shapes, dtypes and contiguity are the operators' job.
 import ctypes
 import functools
 import importlib.util
+import math
 from pathlib import Path
 
 import torch
@@ -19,14 +20,16 @@ __all__ = [
     "levels",
     "linear",
     "paged_attention",
+    "row_statistics",
     "store_kv",
     "supports_depth",
     "supports_head_size",
     "unavailable_reason",
     "vector_exp",
+    "write_dlogits_",
 ]
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 LEVELS = ("generic", "avx2", "avx512")
 HEAD_SIZE_STEP = 8
 MAX_HEAD_SIZE = 512
@@ -40,6 +43,7 @@ _STATUS_MESSAGES = {
     4: "context_lens is out of range: expected 0 <= length <= max_pages * page_size",
     5: "slot_mapping is out of range: expected slot < num_pages * page_size",
     7: f"the inner size must be a multiple of {DEPTH_STEP}",
+    8: "logits have no columns: expected a vocabulary of at least one entry",
 }
 _OUT_OF_MEMORY = 6
 
@@ -165,6 +169,74 @@ def store_kv(
     _raise_for_status(status)
 
 
+def row_statistics(
+    logits_CV: torch.Tensor,
+    labels_C: torch.Tensor,
+    temperature_C: torch.Tensor,
+    *,
+    logit_scale: float,
+    softcap: float | None,
+    level: str | None = None,
+) -> torch.Tensor:
+    """max z, Σ exp(z − max), Σ exp(z − max)·(z − max) and z[label] of contiguous rows: [4, C]."""
+    library = _library()
+    num_rows, num_columns = logits_CV.shape
+    out_4C = torch.empty(4, num_rows, dtype=torch.float32)
+    status = library.lwz_row_statistics(
+        logits_CV.data_ptr(),
+        labels_C.data_ptr(),
+        temperature_C.data_ptr(),
+        out_4C.data_ptr(),
+        num_rows,
+        num_columns,
+        logit_scale,
+        math.inf if softcap is None else softcap,
+        _level_code(library, level),
+        torch.get_num_threads(),
+    )
+    _raise_for_status(status)
+    return out_4C
+
+
+def write_dlogits_(
+    logits_CV: torch.Tensor,
+    labels_C: torch.Tensor,
+    temperature_C: torch.Tensor,
+    lse_C: torch.Tensor,
+    entropy_C: torch.Tensor,
+    dlogprobs_C: torch.Tensor,
+    dentropy_C: torch.Tensor | None,
+    dlse_C: torch.Tensor | None,
+    *,
+    logit_scale: float,
+    softcap: float | None,
+    out_dtype: torch.dtype,
+    level: str | None = None,
+) -> torch.Tensor:
+    """The logits' gradient in their own storage; bf16 rows take the first half of their row's."""
+    library = _library()
+    num_rows, num_columns = logits_CV.shape
+    status = library.lwz_write_dlogits(
+        logits_CV.data_ptr(),
+        labels_C.data_ptr(),
+        temperature_C.data_ptr(),
+        lse_C.data_ptr(),
+        entropy_C.data_ptr(),
+        dlogprobs_C.data_ptr(),
+        None if dentropy_C is None else dentropy_C.data_ptr(),
+        None if dlse_C is None else dlse_C.data_ptr(),
+        num_rows,
+        num_columns,
+        logit_scale,
+        math.inf if softcap is None else softcap,
+        DTYPE_CODES[out_dtype],
+        _level_code(library, level),
+        torch.get_num_threads(),
+    )
+    _raise_for_status(status)
+    return logits_CV.view(out_dtype)[:, :num_columns]
+
+
 def vector_exp(x: torch.Tensor, level: str) -> torch.Tensor:
     """exp of a fp32 vector of values <= 0 as the attention kernel of `level` computes it."""
     if x.numel() % 16 != 0:
@@ -244,7 +316,7 @@ def _bundled_openmp_path() -> str | None:
 
 
 def _declare(library: ctypes.CDLL) -> None:
-    pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    pointer, i64, i32, f64 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
     library.lwz_paged_attention.argtypes = [
         *[pointer] * 6,
         *[i64] * 7,
@@ -252,7 +324,17 @@ def _declare(library: ctypes.CDLL) -> None:
         *[i32] * 3,
     ]
     library.lwz_linear.argtypes = [*[pointer] * 4, *[i64] * 3, *[i32] * 5]
+    library.lwz_row_statistics.argtypes = [*[pointer] * 4, *[i64] * 2, *[f64] * 2, *[i32] * 2]
+    library.lwz_write_dlogits.argtypes = [*[pointer] * 8, *[i64] * 2, *[f64] * 2, *[i32] * 3]
     library.lwz_store_kv.argtypes = [*[pointer] * 5, *[i64] * 3, i32]
     library.lwz_vector_exp.argtypes = [pointer, pointer, i64, i32]
-    for name in ("best_level", "linear", "paged_attention", "store_kv", "vector_exp"):
+    for name in (
+        "best_level",
+        "linear",
+        "paged_attention",
+        "row_statistics",
+        "store_kv",
+        "vector_exp",
+        "write_dlogits",
+    ):
         getattr(library, f"lwz_{name}").restype = i32

@@ -1,11 +1,17 @@
 """What all tests share: one thread, a seed of their own, and no GPU tests without a GPU."""
 
+import os
 import random
 import zlib
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# Triton looks at this when a kernel is defined, so it must be set before anything imports triton.
+# Tests of compiled kernels without a GPU start a process without it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:

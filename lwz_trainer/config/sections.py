@@ -90,22 +90,8 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class UpdateConfig:
-    """The loss and how a rollout batch becomes gradients."""
+    """How a rollout batch becomes gradients."""
 
-    normalizer: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
-    """Mean per sequence then over sequences; mean over tokens; or a constant length."""
-    clip_ratio_low: float = 0.2
-    """The ratio is kept above 1 - this."""
-    clip_ratio_high: float = 0.2
-    """The ratio is kept below 1 + this (DAPO: 0.28)."""
-    kl_coef: float = 0.0
-    """Weight of the KL to the initial model; above 0 a frozen copy of it is loaded."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Per-token KL estimate."""
-    entropy_coef: float = 0.0
-    """Weight of the entropy bonus."""
-    tis_cap: float = 0.0
-    """Cap of the truncated importance weight between sampler and trainer; 0 is off."""
     mask_truncated: bool = False
     """Leave completions that hit the length limit out of the loss (overlong filtering)."""
     num_minibatches: int = 1
@@ -116,18 +102,9 @@ class UpdateConfig:
     """Token budget of one packed forward and backward pass on one rank."""
     share_prompts: bool | None = None
     """Compute a prompt once for its whole group; unset: where the attention backend can."""
-    loss_chunk_mb: int = 128
-    """Size of one fp32 logits chunk in MB; [T, V] never exists."""
 
     def __post_init__(self) -> None:
-        _require_positive(
-            "update", self, "num_minibatches", "num_epochs", "microbatch_tokens", "loss_chunk_mb"
-        )
-        if not 0 <= self.clip_ratio_low < 1:
-            raise UserError(f"update.clip_ratio_low must be in [0, 1), got {self.clip_ratio_low}")
-        _require_not_negative(
-            "update", self, "clip_ratio_high", "kl_coef", "entropy_coef", "tis_cap"
-        )
+        _require_positive("update", self, "num_minibatches", "num_epochs", "microbatch_tokens")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from lwz_trainer.config.loss import LossConfig
 from lwz_trainer.config.model import ModelSection
 from lwz_trainer.config.rewards import RewardsConfig
 from lwz_trainer.config.sections import (
@@ -41,8 +42,10 @@ class TrainConfig:
     """Sampling."""
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
     """What is rewarded."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """The policy loss."""
     update: UpdateConfig = field(default_factory=UpdateConfig)
-    """The loss."""
+    """From a rollout batch to gradients."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The optimizer."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -70,8 +73,9 @@ class TrainConfig:
                 f"update.num_minibatches ({self.update.num_minibatches}): whole groups are split"
             )
         truncated = self.rollout.top_p < 1 or self.rollout.top_k > 0
-        if truncated and self.update.tis_cap > 0:
+        if truncated and self.loss.sampler_correction is not None:
             raise UserError(
-                "update.tis_cap corrects numerical differences; with rollout.top_p or top_k the "
-                "sampler draws from another distribution: set top_p 1 and top_k 0, or tis_cap 0"
+                "loss.sampler_correction corrects numerical differences; with rollout.top_p or "
+                "top_k the sampler draws from another distribution: set top_p 1 and top_k 0, or "
+                "leave loss.sampler_correction out"
             )

@@ -6,14 +6,13 @@ a handful of rows is limited by reading the weights, so those stay bf16.
 Decoding has few rows and no gradients: there the kernel that reads each weight once runs instead.
 """
 
-import functools
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lwz_kernels.policy_loss import matmul_wide
+from lwz_kernels.loss_head import has_native_bf16, matmul_wide
 from lwz_kernels.skinny_linear import AUTO_MAX_ROWS, skinny_linear
 
 __all__ = ["default_dtype", "has_native_bf16", "linear", "resolve_dtype", "wide_logits"]
@@ -21,15 +20,6 @@ __all__ = ["default_dtype", "has_native_bf16", "linear", "resolve_dtype", "wide_
 # From this many rows on, fp32 copies are the faster choice (AVX2, 576 x 1536, one thread: 8 rows
 # 0.62 ms against 1.72 ms, 32 rows 0.95 ms against 5.80 ms; one row 0.21 ms against 0.19 ms).
 _MIN_UPCAST_ROWS = 8
-
-_BF16_MATRIX_CAPABILITIES = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
-
-
-@functools.cache
-def has_native_bf16() -> bool:
-    """Whether this CPU has instructions that multiply bf16 matrices."""
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in _BF16_MATRIX_CAPABILITIES)
 
 
 def default_dtype(device: torch.device | str) -> torch.dtype:

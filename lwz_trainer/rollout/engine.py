@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lwz_kernels.attention import AttentionPlan
-from lwz_kernels.policy_loss import head_operand
+from lwz_kernels.loss_head import head_operand
 from lwz_trainer.config.sections import RolloutConfig
 from lwz_trainer.errors import UserError
 from lwz_trainer.model.decoder import Decoder

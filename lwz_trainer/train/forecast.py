@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from lwz_kernels.loss_head import default_chunk_bytes
 from lwz_trainer.config.reading import dump_config
 from lwz_trainer.config.train import TrainConfig
 from lwz_trainer.model.architecture import ModelConfig
@@ -52,7 +53,12 @@ def num_parameters(model: ModelConfig) -> int:
 
 
 def forecast_memory(
-    config: TrainConfig, model: ModelConfig, *, dtype: torch.dtype, longest_prompt: int
+    config: TrainConfig,
+    model: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    longest_prompt: int,
 ) -> MemoryForecast:
     """What one rank holds, from the shapes alone."""
     size = dtype.itemsize
@@ -60,7 +66,7 @@ def forecast_memory(
     always = {"weights": count * size, "gradients, fp32": 4 * count, "AdamW moments": 8 * count}
     if dtype != torch.float32:
         always["master weights, fp32"] = 4 * count
-    if config.update.kl_coef > 0:
+    if config.loss.kl_coef > 0:
         always["reference model"] = count * size
     rollout, update = config.rollout, config.update
     rows = min(rollout.max_num_seqs, config.data.prompts_per_step * rollout.group_size)
@@ -72,7 +78,6 @@ def forecast_memory(
     qkv = (model.heads + 2 * model.kv_heads) * model.head_dim
     one_layer = 6 * model.hidden + 3 * qkv + 4 * model.ff
     kept = model.layers * (model.hidden if config.model.checkpoint_layers else one_layer)
-    head_bytes = model.vocab_size * model.hidden * 4
     return MemoryForecast(
         always=always,
         rollout={
@@ -81,10 +86,20 @@ def forecast_memory(
         },
         update={
             "activations": update.microbatch_tokens * (kept + one_layer) * size,
-            "logits of one chunk": 3 * update.loss_chunk_mb * 1_000_000,
-            "head gradients": 2 * head_bytes,
+            "logits of one chunk": _logits_bytes(config, model, dtype, device),
         },
     )
+
+
+def _logits_bytes(
+    config: TrainConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> int:
+    """One chunk of fp32 logits, turned into their gradient in place, and on a CPU an fp32 head."""
+    if config.loss.impl == "reference":  # logits, log-softmax and their gradients
+        return 4 * 4 * config.update.microbatch_tokens * model.vocab_size
+    chunk = config.loss.chunk_bytes or default_chunk_bytes(device)
+    is_copied = device.type == "cpu" and dtype != torch.float32
+    return chunk + 4 * model.vocab_size * model.hidden * is_copied
 
 
 def print_forecast(config: TrainConfig) -> None:
@@ -98,7 +113,9 @@ def print_forecast(config: TrainConfig) -> None:
     model = ModelConfig.from_hf(load_hf_config(model_dir))
     prompts = PromptSet(config, load_tokenizer(model_dir), model.max_positions)
     dtype = resolve_dtype(config.model.dtype, ranks.device)
-    memory = forecast_memory(config, model, dtype=dtype, longest_prompt=prompts.longest)
+    memory = forecast_memory(
+        config, model, dtype=dtype, device=ranks.device, longest_prompt=prompts.longest
+    )
     rollout_s, update_s = _forecast_seconds(config, model, ranks, dtype, prompts.longest)
     if not ranks.is_main:
         return
@@ -146,7 +163,7 @@ def _forecast_seconds(
     passes = 4 if config.model.checkpoint_layers else 3
     if config.update.num_epochs * config.update.num_minibatches > 1:
         passes += 1
-    if config.update.kl_coef > 0:
+    if config.loss.kl_coef > 0:
         passes += 1
     tokens = per_rank * (config.rollout.max_completion_tokens + longest_prompt)
     return rollout_s, tokens * passes * row_s * config.update.num_epochs

@@ -111,6 +111,7 @@ class Trainer:
             self._optimizer,
             ranks,
             config.update,
+            config.loss,
             ref_model=self._load_reference(dtype),
             temperature=config.rollout.temperature,
             max_completion_tokens=config.rollout.max_completion_tokens,
@@ -363,7 +364,7 @@ class Trainer:
 
     def _load_reference(self, dtype: torch.dtype) -> Decoder | None:
         """The frozen initial policy, where the loss has a KL term."""
-        if self._config.update.kl_coef == 0:
+        if self._config.loss.kl_coef == 0:
             return None
         reference = load_decoder(self._model_dir, dtype=dtype, device=self._ranks.device)
         return reference.requires_grad_(False)

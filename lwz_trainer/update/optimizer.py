@@ -78,6 +78,12 @@ class FlatAdamW:
         """The fp32 flats; each one's `.grad` is the flat of accumulated gradients."""
         return [master for master, _ in self._flats]
 
+    def grad_of(self, parameter: Tensor) -> Tensor:
+        """The fp32 view of the flat gradient that belongs to a parameter, in its shape."""
+        return next(
+            grad for _, entries in self._flats for own, _, grad in entries if own is parameter
+        )
+
     def zero_grad(self) -> None:
         for master, _ in self._flats:
             assert master.grad is not None

@@ -6,18 +6,15 @@ of ranks changes the result beyond rounding.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lwz_kernels.attention import AttentionPlan, attention
-from lwz_kernels.policy_loss import (
-    PolicyLossConfig,
-    linear_logprobs,
-    linear_policy_loss,
-    loss_token_weights,
-)
+from lwz_kernels.linear_logprobs import linear_logprobs
+from lwz_kernels.linear_policy_loss import linear_policy_loss
+from lwz_trainer.config.loss import LossConfig
 from lwz_trainer.config.sections import UpdateConfig
 from lwz_trainer.errors import TrainingStopped
 from lwz_trainer.model.decoder import Decoder
@@ -72,6 +69,7 @@ class PolicyUpdate:
         optimizer: FlatAdamW,
         ranks: Ranks,
         config: UpdateConfig,
+        loss_config: LossConfig,
         *,
         ref_model: Decoder | None,
         temperature: float,
@@ -79,24 +77,18 @@ class PolicyUpdate:
         attention_impl: str,
         checkpoint_layers: bool,
     ) -> None:
-        assert (ref_model is not None) == (config.kl_coef > 0), "a KL term needs its reference"
+        assert (ref_model is not None) == (loss_config.kl_coef > 0), "a KL term needs its reference"
         self._model = model
         self._optimizer = optimizer
         self._ranks = ranks
         self._config = config
         self._ref_model = ref_model
         self._temperature = temperature
-        self._max_completion_tokens = max_completion_tokens
+        if loss_config.loss_type == "dr_grpo" and loss_config.max_completion_tokens is None:
+            loss_config = replace(loss_config, max_completion_tokens=max_completion_tokens)
+        self._loss_config = loss_config
         self._attention_impl = attention_impl
         self._checkpoint_layers = checkpoint_layers
-        self._loss_config = PolicyLossConfig(
-            clip_ratio_low=config.clip_ratio_low,
-            clip_ratio_high=config.clip_ratio_high,
-            kl_coef=config.kl_coef,
-            kl_estimator=config.kl_estimator,
-            entropy_coef=config.entropy_coef,
-            tis_cap=config.tis_cap,
-        )
         shares = config.share_prompts
         can_share = ranks.device.type == "cpu" or attention_impl in ("sdpa", "reference")
         self._share_prompts = can_share if shares is None else shares
@@ -168,7 +160,8 @@ class PolicyUpdate:
                 model.head_weight,
                 batch.labels_R.to(device),
                 temperature=self._temperature,
-                chunk_bytes=self._config.loss_chunk_mb * 1_000_000,
+                chunk_bytes=self._loss_config.chunk_bytes,
+                impl=self._loss_config.impl,
             )[0]
             for batches in minibatches
             for batch in batches
@@ -211,26 +204,26 @@ class PolicyUpdate:
         counts: tuple[int, int],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         device = self._ranks.device
-        weights_R = loss_token_weights(
-            batch.loss_mask_R,
-            batch.completion_cu_seqlens,
-            normalizer=self._config.normalizer,
-            num_loss_tokens=counts[0],
-            num_sequences=counts[1],
-            max_completion_tokens=self._max_completion_tokens,
-        )
+        # dW goes straight into the flat fp32 gradient; the oracle's autograd cannot do that.
+        head_weight = self._model.head_weight
+        is_oracle = self._loss_config.impl == "reference"
         return linear_policy_loss(
             self._hidden(self._model, batch, checkpoint_layers=self._checkpoint_layers),
-            self._model.head_weight,
+            head_weight,
             batch.labels_R.to(device),
             batch.advantages_R.to(device),
-            weights_R.to(device),
+            batch.loss_mask_R.to(device),
+            cu_seqlens=batch.completion_cu_seqlens.to(device),
+            num_loss_tokens=counts[0],
+            num_sequences=counts[1],
             old_logprobs=old_logprobs,
             ref_logprobs=ref_logprobs,
             sampling_logprobs=batch.sampling_logprobs_R.to(device),
             temperature=self._temperature,
+            weight_grad=None if is_oracle else self._optimizer.grad_of(head_weight),
             config=self._loss_config,
-            chunk_bytes=self._config.loss_chunk_mb * 1_000_000,
+            chunk_bytes=self._loss_config.chunk_bytes,
+            impl=self._loss_config.impl,
         )
 
     def _count(self, batches: Sequence[MicroBatch]) -> tuple[int, int]:

@@ -26,8 +26,15 @@ def test_three_seeds_of_one_config_are_committed() -> None:
     assert [config.seed for config in configs] == [0, 1, 2]
     shipped = load_config(TrainConfig, ROOT / "configs" / "cpu_demo.yaml")
     for config in configs:
-        for section in ("model", "data", "rollout", "rewards", "update", "optim"):
+        for section in ("model", "data", "rollout", "rewards", "loss", "update", "optim"):
             assert getattr(config, section) == getattr(shipped, section)
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+@pytest.mark.parametrize(("key", "rise"), [("reward/format", 0.3), ("reward/length", 0.15)])
+def test_every_committed_run_learns(run: Path, key: str, rise: float) -> None:
+    first, last = first_and_last(run, key)
+    assert last - first >= rise
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)

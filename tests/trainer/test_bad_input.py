@@ -77,7 +77,7 @@ def test_train_refuses_a_bad_model(
         ({"optim.warmup_steps": 4}, "must be below num_steps"),
         ({"rewards.length.weight": 0, "rewards.format.weight": 0}, "rewards"),
         ({"rewards.writing.weight": 1}, "rewards.writing.model is empty"),
-        ({"update.tis_cap": 2, "rollout.top_p": 0.9}, "tis_cap"),
+        ({"loss.sampler_correction": "truncate", "rollout.top_p": 0.9}, "sampler_correction"),
         ({"device": "cuda"}, "torch sees no GPU"),
         ({"log.wandb": "project"}, "wandb is not installed"),
     ],

@@ -47,14 +47,13 @@ def all_fields(config_class: Any, prefix: str = "") -> list[tuple[str, Any]]:
 
 def test_every_field_is_read_somewhere() -> None:
     """A field that no module outside config/ names is a knob that does nothing."""
-    sources = [
-        path.read_text()
-        for path in (ROOT / "lwz_trainer").rglob("*.py")
-        if path.parent.name != "config"
-    ]
+    trainer = [p for p in (ROOT / "lwz_trainer").rglob("*.py") if p.parent.name != "config"]
+    loss = (ROOT / "lwz_kernels/linear_policy_loss").glob("o*.py")  # the loss section's readers
+    sources = [path.read_text() for path in (*trainer, *loss)]
     text = "\n".join(sources)
     unread = [name for name, _ in all_fields(TrainConfig) if f".{name.split('.')[-1]}" not in text]
-    derived = {"rewards.format.redundancy_threshold"}  # read through FormatRewardConfig.threshold
+    # Read through FormatRewardConfig.threshold and LossConfig.chunk_bytes.
+    derived = {"rewards.format.redundancy_threshold", "loss.chunk_mb"}
     assert set(unread) <= derived
 
 
@@ -78,8 +77,12 @@ def test_forecast_memory_counts_a_master_only_below_fp32(tmp_path: Path) -> None
 
     model, _ = load_tiny(tmp_path)
     config = TrainConfig()
-    wide = forecast_memory(config, model.config, dtype=torch.float32, longest_prompt=100)
-    half = forecast_memory(config, model.config, dtype=torch.bfloat16, longest_prompt=100)
+    wide, half = (
+        forecast_memory(
+            config, model.config, dtype=dtype, device=torch.device("cpu"), longest_prompt=100
+        )
+        for dtype in (torch.float32, torch.bfloat16)
+    )
     count = num_parameters(model.config)
     assert sum(wide.always.values()) == 16 * count
     assert sum(half.always.values()) == 18 * count

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from lwz_kernels.policy_loss.reference import linear_logprobs_reference, policy_loss_reference
+from lwz_kernels.linear_policy_loss.reference import linear_policy_loss_reference
+from lwz_trainer.config.loss import LossConfig
 from lwz_trainer.config.sections import OptimConfig, UpdateConfig
 from lwz_trainer.errors import TrainingStopped
 from lwz_trainer.model.decoder import Decoder
@@ -44,6 +45,7 @@ def run_update(
     *,
     optim: OptimConfig | None = None,
     ref_model: Decoder | None = None,
+    loss: LossConfig | None = None,
     **settings: Any,
 ) -> tuple[UpdateMetrics, FlatAdamW]:
     optimizer = FlatAdamW(model, optim or OptimConfig(lr=1e-3, max_grad_norm=0))
@@ -52,6 +54,7 @@ def run_update(
         optimizer,
         ALONE,
         UpdateConfig(**settings),
+        loss or LossConfig(),
         ref_model=ref_model,
         temperature=TEMPERATURE,
         max_completion_tokens=24,
@@ -69,7 +72,7 @@ def test_run_starts_exactly_on_policy(tmp_path: Path) -> None:
     model, tokenizer = load_tiny(tmp_path)
     reference, _ = load_tiny(tmp_path)
     samples = train_samples(model, tokenizer)
-    result, _ = run_update(model, samples, ref_model=reference, kl_coef=0.1)
+    result, _ = run_update(model, samples, ref_model=reference, loss=LossConfig(kl_coef=0.1))
     values = result.values
     assert values["ratio_mean"] == values["ratio_max"] == 1
     assert values["clip_frac_low"] == values["clip_frac_high"] == 0
@@ -79,8 +82,12 @@ def test_run_starts_exactly_on_policy(tmp_path: Path) -> None:
     assert values["sampler/ess_frac"] == pytest.approx(1, abs=1e-4)
 
 
-@pytest.mark.parametrize("normalizer", ["grpo", "dapo", "dr_grpo"])
-def test_run_gradient_is_that_of_the_formula(tmp_path: Path, normalizer: str) -> None:
+LOSS_TYPES = ["grpo", "dapo", "dr_grpo", "gspo", "cispo"]
+
+
+@pytest.mark.parametrize("impl", ["auto", "torch", "reference"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_run_gradient_is_that_of_the_formula(tmp_path: Path, loss_type: str, impl: str) -> None:
     """One sample at a time, full logits, autograd, normalised by hand."""
     model, tokenizer = load_tiny(tmp_path)
     truth, _ = load_tiny(tmp_path)
@@ -91,21 +98,23 @@ def test_run_gradient_is_that_of_the_formula(tmp_path: Path, normalizer: str) ->
         ids = torch.tensor(sample.prompt_ids + sample.completion_ids)
         hidden = truth(ids[:-1], torch.arange(len(ids) - 1), causal_attend([len(ids) - 1]))
         start = len(sample.prompt_ids) - 1
-        logprobs, entropy, _ = linear_logprobs_reference(
-            hidden[start:], truth.head_weight, ids[start + 1 :], TEMPERATURE
-        )
-        weight = {
-            "grpo": 1 / (len(samples) * length),
-            "dapo": 1 / num_tokens,
-            "dr_grpo": 1 / (len(samples) * 24),
-        }[normalizer]
-        policy_loss_reference(
-            logprobs,
-            entropy,
+        loss, _ = linear_policy_loss_reference(
+            hidden[start:],
+            truth.head_weight,
+            ids[start + 1 :],
             torch.full((length,), sample.advantage),
-            torch.full((length,), weight),
-        ).backward()
-    _, optimizer = run_update(model, samples, normalizer=normalizer)
+            torch.ones(length, dtype=torch.bool),
+            cu_seqlens=torch.tensor([0, length]),
+            num_loss_tokens=num_tokens,
+            num_sequences=len(samples),
+            temperature=TEMPERATURE,
+            config=LossConfig(
+                loss_type=loss_type,
+                max_completion_tokens=24 if loss_type == "dr_grpo" else None,
+            ),
+        )
+        loss.backward()
+    _, optimizer = run_update(model, samples, loss=LossConfig(loss_type=loss_type, impl=impl))
     ours = {name: p.grad for name, p in model.named_parameters()}
     for name, parameter in truth.named_parameters():
         scale = parameter.grad.abs().max()
@@ -113,8 +122,8 @@ def test_run_gradient_is_that_of_the_formula(tmp_path: Path, normalizer: str) ->
     assert flat_grad(optimizer).norm() > 0
 
 
-@pytest.mark.parametrize("normalizer", ["grpo", "dapo", "dr_grpo"])
-def test_run_does_not_depend_on_packing(tmp_path: Path, normalizer: str) -> None:
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_run_does_not_depend_on_packing(tmp_path: Path, loss_type: str) -> None:
     results = []
     for settings in (
         {"microbatch_tokens": 4096, "share_prompts": True},
@@ -124,7 +133,8 @@ def test_run_does_not_depend_on_packing(tmp_path: Path, normalizer: str) -> None
     ):
         model, tokenizer = load_tiny(tmp_path)
         samples = train_samples(model, tokenizer)
-        metrics, optimizer = run_update(model, samples, normalizer=normalizer, **settings)
+        loss_config = LossConfig(loss_type=loss_type)
+        metrics, optimizer = run_update(model, samples, loss=loss_config, **settings)
         results.append((metrics.values["loss"], flat_grad(optimizer)))
     loss, grad = results[0]
     for other_loss, other_grad in results[1:]:
@@ -142,6 +152,7 @@ def test_run_with_checkpointed_layers_gives_the_same_gradient(tmp_path: Path) ->
             optimizer,
             ALONE,
             UpdateConfig(),
+            LossConfig(),
             ref_model=None,
             temperature=TEMPERATURE,
             max_completion_tokens=24,
@@ -161,8 +172,7 @@ def test_run_clips_after_the_first_of_several_updates(tmp_path: Path) -> None:
         optim=OptimConfig(lr=1e-2),
         num_minibatches=2,
         num_epochs=3,
-        clip_ratio_low=0.01,
-        clip_ratio_high=0.01,
+        loss=LossConfig(clip_ratio_low=0.01, clip_ratio_high=0.01),
     )
     assert result.num_updates == 6
     assert result.values["clip_frac_low"] > 0

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lwz_kernels.policy_loss.reference import linear_logprobs_reference
+from lwz_kernels.linear_logprobs.reference import linear_logprobs_reference
 from lwz_trainer.errors import UserError
 from lwz_trainer.rollout import RolloutInterrupted, Sample
 from tests.trainer.rollout_case import PROMPTS, load_tiny, make_engine, make_requests, sample_all
@@ -19,7 +19,7 @@ def forward_logprobs(model, sample: Sample, temperature: float) -> torch.Tensor:
         hidden = model(ids[:-1], torch.arange(len(ids) - 1), causal_attend([len(ids) - 1]))
     start = len(sample.prompt_ids) - 1
     return linear_logprobs_reference(
-        hidden[start:], model.head_weight, ids[start + 1 :], temperature
+        hidden[start:], model.head_weight, ids[start + 1 :], temperature=temperature
     )[0]
 
 

@@ -169,11 +169,11 @@ def test_train_on_two_ranks_follows_the_same_curve(tmp_path: Path, groups: int) 
 def test_train_with_kl_several_updates_and_tis_runs(tmp_path: Path) -> None:
     settings = {
         "num_steps": 2,
-        "update.kl_coef": 0.1,
+        "loss.kl_coef": 0.1,
         "update.num_epochs": 2,
         "update.num_minibatches": 2,
-        "update.tis_cap": 2.0,
-        "update.entropy_coef": 0.01,
+        "loss.sampler_correction": "truncate",
+        "loss.entropy_coef": 0.01,
         "update.mask_truncated": True,
         "rollout.max_completion_tokens": 64,
     }

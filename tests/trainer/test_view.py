@@ -177,7 +177,7 @@ def make_run(
     config = {
         "model": {"path": "smollm2-135m-instruct", "dtype": "auto"},
         "rollout": {"group_size": group_size, "temperature": 0.8, "top_p": 1.0},
-        "update": {"normalizer": "grpo", "clip_ratio_low": 0.2, "clip_ratio_high": 0.2},
+        "loss": {"loss_type": "grpo", "clip_ratio_low": 0.2, "clip_ratio_high": 0.2},
         "optim": {"lr": 1e-6},
         "seed": seed,
     }

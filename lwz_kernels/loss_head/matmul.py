@@ -1,0 +1,100 @@
+"""The three matrix products of the loss head: logits, dhidden and dweight, accumulated in fp32.
+
+On CUDA half-precision operands stay as they are and cuBLAS writes fp32. A CPU has no such product,
+and logits rounded to bf16 are off by up to 0.06 at magnitude 16, so the operands are widened to
+fp32 there. Where the CPU multiplies bf16 matrices in hardware, oneDNN may round these fp32 operands
+back to bf16: exact for hidden states and weights, and for dlogits what CUDA does.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+__all__ = ["HeadProducts", "has_native_bf16", "head_operand", "matmul_wide", "wide_dtype"]
+
+_BF16_MATRIX_CAPABILITIES = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The accumulation type: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def head_operand(weight: Tensor) -> Tensor:
+    """The weight as `matmul_wide` wants it: itself on CUDA, an fp32 copy (or itself) on a CPU."""
+    return weight if weight.is_cuda else weight.to(wide_dtype(weight.dtype))
+
+
+def matmul_wide(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with fp32 accumulation and fp32 output (fp64 stays fp64)."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b.to(a.dtype), out_dtype=torch.float32)
+    wide = wide_dtype(torch.promote_types(a.dtype, b.dtype))
+    return torch.mm(a.to(wide), b.to(wide))
+
+
+class HeadProducts:
+    """Products with one head weight [V, D] and hidden states of its dtype."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._wide = wide_dtype(weight.dtype)
+        self._head_VD = head_operand(weight)
+        self._bias_V = None if bias is None else bias.to(self._wide)
+        self._narrow = weight.dtype
+        self._allows_bf16 = not weight.is_cuda and weight.dtype == torch.bfloat16
+
+    @property
+    def dlogits_dtype(self) -> torch.dtype:
+        """What `dhidden` and `add_dweight` want: the weight's dtype on CUDA, fp32 on a CPU."""
+        return self._head_VD.dtype
+
+    def logits(self, hidden_CD: Tensor) -> Tensor:
+        """hidden @ weight.T + bias, [C, V] fp32."""
+        with self._precision():
+            logits_CV = matmul_wide(hidden_CD, self._head_VD.t())
+        return logits_CV if self._bias_V is None else logits_CV.add_(self._bias_V)
+
+    def dhidden(self, dlogits_CV: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+        """dlogits @ weight, [C, D], rounded once to `out_dtype`."""
+        if dlogits_CV.is_cuda and out_dtype == dlogits_CV.dtype:
+            return torch.mm(dlogits_CV, self._head_VD)
+        with self._precision():
+            return matmul_wide(dlogits_CV, self._head_VD).to(out_dtype)
+
+    def add_dweight(self, dweight_VD: Tensor, dlogits_CV: Tensor, hidden_CD: Tensor) -> None:
+        """dweight += dlogits.T @ hidden, in place, in the fp32 of `dweight_VD`."""
+        if dlogits_CV.dtype in (torch.bfloat16, torch.float16):
+            torch.addmm(
+                dweight_VD,
+                dlogits_CV.t(),
+                hidden_CD.to(dlogits_CV.dtype),
+                out_dtype=torch.float32,
+                out=dweight_VD,
+            )
+            return
+        with self._precision():
+            dweight_VD.addmm_(dlogits_CV.t(), hidden_CD.to(self._wide))
+
+    @contextlib.contextmanager
+    def _precision(self) -> Iterator[None]:
+        """Lets oneDNN use bf16 matrix instructions where the operands were bf16 to begin with."""
+        if not (self._allows_bf16 and has_native_bf16()):
+            yield
+            return
+        matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "bf16"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
+
+
+@functools.cache
+def has_native_bf16() -> bool:
+    """Whether this CPU has instructions that multiply bf16 matrices."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in _BF16_MATRIX_CAPABILITIES)

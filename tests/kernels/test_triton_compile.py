@@ -1,0 +1,113 @@
+"""Every Triton kernel of the loss head, compiled as it is launched for GPUs that are not there.
+
+The table in `bench/results/triton/resources.csv` is what the kernels take; it is compared with a
+fresh compile by the same version of Triton, and its limits hold for any version.
+"""
+
+import csv
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+
+from bench.triton_targets import CAPABILITIES, SHARED_MEMORY_LIMIT
+from tests.trainer.train_case import ROOT
+
+TABLE = ROOT / "bench" / "results" / "triton" / "resources.csv"
+PRODUCT = "linear_logprobs_fwd_kernel"
+# About a minute of compiling, all of it in the first test that asks for it.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+Row = dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[Row]:
+    """Compiles in a process of its own: this one may interpret."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-m", "bench.triton_resources"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=environment,
+    )
+    assert result.returncode == 0, result.stderr
+    return list(csv.DictReader(io.StringIO(result.stdout)))
+
+
+def of(rows: list[Row], kernel: str, variant: str = "") -> list[Row]:
+    """Rows of one kernel whose variant holds `variant`; never none."""
+    found = [row for row in rows if row["kernel"] == kernel and variant in row["variant"]]
+    assert found, (kernel, variant)
+    return found
+
+
+def test_kernels_compile_for_every_target(compiled: list[Row]) -> None:
+    kernels = {(row["kernel"], row["target"]) for row in compiled}
+    names = {
+        "row_statistics_kernel",
+        "write_dlogits_kernel",
+        "policy_loss_rows_kernel",
+        "merge_splits_kernel",
+        PRODUCT,
+    }
+    targets = {f"sm_{capability}" for capability in CAPABILITIES}
+    assert kernels == {(name, target) for name in names for target in targets}
+
+
+def test_kernels_do_not_spill(compiled: list[Row]) -> None:
+    assert [row for row in compiled if row["stack_bytes"] != "0"] == []
+
+
+def test_kernels_fit_shared_memory(compiled: list[Row]) -> None:
+    limits = {f"sm_{capability}": SHARED_MEMORY_LIMIT[capability] for capability in CAPABILITIES}
+    assert [row for row in compiled if int(row["shared_bytes"]) > limits[row["target"]]] == []
+
+
+def test_kernels_hold_no_double_precision(compiled: list[Row]) -> None:
+    assert [row for row in compiled if row["fp64"] != "False"] == []
+
+
+def test_bf16_product_uses_the_matrix_units_of_its_target(compiled: list[Row]) -> None:
+    expected = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
+    for row in of(compiled, PRODUCT, "bf16"):
+        assert row["matrix_instruction"] == expected[row["target"]], row
+
+
+def test_bf16_product_loads_ahead(compiled: list[Row]) -> None:
+    """TMA from sm_90 on, cp.async before; rows off 16-byte boundaries allow neither."""
+    for row in of(compiled, PRODUCT, "bf16"):
+        is_odd = "odd" in row["variant"]
+        expected = "" if is_odd else "cp.async" if row["target"] == "sm_80" else "tma"
+        assert row["async_copy"] == expected, row
+
+
+def test_row_kernels_have_a_program_for_each_row_in_the_first_dimension(
+    compiled: list[Row],
+) -> None:
+    """The other two dimensions of a grid end at 65,535; the table compiles for 70,000 rows."""
+    for kernel in ("row_statistics_kernel", "write_dlogits_kernel", "policy_loss_rows_kernel"):
+        assert {row["grid"] for row in of(compiled, kernel)} == {"70000"}
+
+
+def test_stores_of_bf16_over_fp32_wait_at_a_barrier(compiled: list[Row]) -> None:
+    """Where another thread may still have to read the bytes that a thread writes."""
+    aliased = [*of(compiled, "write_dlogits_kernel", "to bf16")]
+    aliased += of(compiled, "policy_loss_rows_kernel")
+    assert [row for row in aliased if row["stores_behind_barrier"] != "True"] == []
+    # At equal width no barrier is needed, and there is none: the check can fail.
+    equal = of(compiled, "write_dlogits_kernel", "to fp32")
+    assert {row["stores_behind_barrier"] for row in equal} == {"False"}
+
+
+def test_committed_table_is_a_fresh_compile(compiled: list[Row]) -> None:
+    with TABLE.open(newline="") as file:
+        committed = list(csv.DictReader(file))
+    if committed[0]["triton"] == compiled[0]["triton"]:
+        assert committed == compiled
+    keys = [(row["kernel"], row["variant"], row["target"]) for row in compiled]
+    assert [(row["kernel"], row["variant"], row["target"]) for row in committed] == keys
