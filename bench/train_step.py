@@ -155,11 +155,11 @@ def run_trl(args: argparse.Namespace) -> dict[str, Any]:
     def length(completions: list[str], **_: Any) -> list[float | None]:
         return [min(1.0, count_words(text) / 80) for text in completions]
 
-    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    # fp32 weights in both cases: bf16=True multiplies under autocast, as our fp32 masters do.
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype),
+            model=AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32),
             processing_class=tokenizer,
             reward_funcs=length,
             train_dataset=Dataset.from_list([{"prompt": f"{p}\n<answer>"} for p in PROMPTS]),

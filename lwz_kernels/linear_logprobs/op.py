@@ -69,10 +69,13 @@ def _forward(
             )
         )
         return out_3T[0].clone(), out_3T[1].clone(), out_3T[2].clone()
-    for chunk in head.slices(len(active)):
-        rows = active[chunk]
-        stats = head.statistics(hidden[rows], labels[rows], temperature[rows])
-        out_3T[:, rows] = torch.stack([stats.logprobs_C, stats.entropy_C, stats.lse_C])
+
+    def score() -> None:
+        for chunk in head.slices(len(active)):
+            rows = active[chunk]
+            out_3T[:, rows] = head.score(hidden[rows], labels[rows], temperature[rows])
+
+    head.with_chunks_that_fit(score)
     return out_3T[0].clone(), out_3T[1].clone(), out_3T[2].clone()
 
 
@@ -95,12 +98,19 @@ def _backward(
     is_whole = len(active) == len(labels)
     hidden_AD = hidden if is_whole else hidden[active]
     gradients = head.new_gradients(hidden_AD, needs)
-    for chunk in head.slices(len(active)):
+
+    def add_chunk(chunk: slice) -> None:
         rows = active[chunk]
         stats = head.statistics(hidden_AD[chunk], labels[rows], temperature[rows])
         head.add_gradients(
             gradients, chunk, hidden_AD[chunk], stats, dlogprobs[rows], dentropy[rows], dlse[rows]
         )
+
+    def add_all() -> None:
+        for chunk in head.slices(len(active)):
+            add_chunk(chunk)
+
+    head.with_chunks_that_fit(add_all)
     dhidden, dweight, dbias = gradients.dhidden_TD, gradients.dweight_VD, gradients.dbias_V
     if dhidden is not None and not is_whole:
         dhidden = torch.zeros_like(hidden).index_copy_(0, active, dhidden)

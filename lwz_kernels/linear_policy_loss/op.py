@@ -263,7 +263,9 @@ def _run(
         has_policy_mask=inputs.policy_mask is not None,
     )
     run = _run_tokens if is_token else _run_sequences
-    loss, active, gradients = run(work, inputs, rows_T, mask_T, config, where)
+    loss, active, gradients = head.with_chunks_that_fit(
+        lambda: run(work, inputs, rows_T, mask_T, config, where)
+    )
     if entropy_weights_T is not None:
         loss = loss - (entropy_weights_T * work.entropy_T).sum()
     log_ratio_T = None
@@ -392,11 +394,9 @@ class _Work:
         """Log-probs and entropies of the rows in `index`."""
         for chunk in self._head.slices(len(index)):
             rows = index[chunk]
-            stats = self._head.statistics(
+            self.logprobs_T[rows], self.entropy_T[rows], _ = self._head.score(
                 self._hidden_TD[rows], self._labels_T[rows], self._temperature_T[rows]
             )
-            self.logprobs_T[rows] = stats.logprobs_C
-            self.entropy_T[rows] = stats.entropy_C
 
     def take_gradients(
         self,
@@ -416,44 +416,64 @@ class _Work:
         is_whole = len(index) == len(self._hidden_TD)
         hidden_AD = self._hidden_TD if is_whole else self._hidden_TD[index]
         gradients = head.new_gradients(hidden_AD, self._needs, weight_grad)
+        can_fuse = head.rows.impl == "triton" and not head.is_sharded
         for chunk in head.slices(len(index)):
             rows = index[chunk]
-            hidden_CD = hidden_AD[chunk]
-            entropy_weights = self._entropy_weights_T
-            entropy_weights_C = None if entropy_weights is None else entropy_weights[rows]
-            if fused is not None and head.rows.impl == "triton" and not head.is_sharded:
-                from lwz_kernels.linear_policy_loss.kernels import policy_loss_rows
-
-                dlogits_CV, logprobs_C, entropy_C, _, _ = policy_loss_rows(
-                    head.products.logits(hidden_CD),
-                    self._labels_T[rows],
-                    self._temperature_T[rows],
-                    entropy_weights_C,
-                    fused[0].select(chunk),
-                    fused[1],
-                    logit_scale=head.rows.logit_scale,
-                    softcap=head.rows.softcap,
-                    out_dtype=head.products.dlogits_dtype,
+            if not any(self._needs):
+                self.logprobs_T[rows], self.entropy_T[rows], _ = head.score(
+                    hidden_AD[chunk], self._labels_T[rows], self._temperature_T[rows]
                 )
-                self.logprobs_T[rows], self.entropy_T[rows] = logprobs_C, entropy_C
-                head.add_products(gradients, chunk, hidden_CD, dlogits_CV)
-                continue
-            stats = head.statistics(hidden_CD, self._labels_T[rows], self._temperature_T[rows])
-            self.logprobs_T[rows] = stats.logprobs_C
-            self.entropy_T[rows] = stats.entropy_C
-            if any(self._needs):
-                head.add_gradients(
-                    gradients,
-                    chunk,
-                    hidden_CD,
-                    stats,
-                    coefficients(chunk, stats.logprobs_C),
-                    None if entropy_weights_C is None else -entropy_weights_C,
+            elif fused is not None and can_fuse:
+                dlogits_CV = self._fused_dlogits(
+                    rows, hidden_AD[chunk], fused[0].select(chunk), fused[1]
                 )
+                head.add_products(gradients, chunk, hidden_AD[chunk], dlogits_CV)
+                del dlogits_CV  # before the next chunk of logits is made
+            else:
+                self._add_chunk(gradients, chunk, rows, hidden_AD[chunk], coefficients)
         if gradients.dhidden_TD is not None and not is_whole:
             dhidden_TD = torch.zeros_like(self._hidden_TD)
             gradients.dhidden_TD = dhidden_TD.index_copy_(0, index, gradients.dhidden_TD)
         return gradients
+
+    def _add_chunk(
+        self,
+        gradients: HeadGradients,
+        chunk: slice,
+        rows: Tensor,
+        hidden_CD: Tensor,
+        coefficients: Callable[[slice, Tensor], Tensor],
+    ) -> None:
+        """Statistics, coefficients and gradients of one chunk, in two row passes."""
+        stats = self._head.statistics(hidden_CD, self._labels_T[rows], self._temperature_T[rows])
+        self.logprobs_T[rows] = stats.logprobs_C
+        self.entropy_T[rows] = stats.entropy_C
+        dentropy_C = None
+        if self._entropy_weights_T is not None:
+            dentropy_C = -self._entropy_weights_T[rows]
+        self._head.add_gradients(
+            gradients, chunk, hidden_CD, stats, coefficients(chunk, stats.logprobs_C), dentropy_C
+        )
+
+    def _fused_dlogits(
+        self, rows: Tensor, hidden_CD: Tensor, objective: ObjectiveRows, config: PolicyLossConfig
+    ) -> Tensor:
+        """dlogits of one chunk by the kernel that finds the coefficients by itself."""
+        from lwz_kernels.linear_policy_loss.kernels import policy_loss_rows
+
+        head, entropy_weights_T = self._head, self._entropy_weights_T
+        dlogits_CV, self.logprobs_T[rows], self.entropy_T[rows], _, _ = policy_loss_rows(
+            head.products.logits(hidden_CD),
+            self._labels_T[rows],
+            self._temperature_T[rows],
+            None if entropy_weights_T is None else entropy_weights_T[rows],
+            objective,
+            config,
+            logit_scale=head.rows.logit_scale,
+            softcap=head.rows.softcap,
+            out_dtype=head.products.dlogits_dtype,
+        )
+        return dlogits_CV
 
 
 def _active_rows(rows_T: ObjectiveRows, mask_T: Tensor, config: PolicyLossConfig) -> Tensor:

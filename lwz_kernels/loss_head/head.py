@@ -5,7 +5,10 @@ accumulated over chunks in fp32, dH is rounded once. The same code computes log-
 without gradients, so a ratio of the two is exactly 1.
 """
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,10 +21,15 @@ from lwz_kernels.loss_head.vocab_parallel import vocab_shard
 
 __all__ = ["ChunkStatistics", "HeadGradients", "LossHead"]
 
+Result = TypeVar("Result")
+
 
 @dataclass
 class ChunkStatistics:
-    """What the forward pass of a chunk leaves: its logits, to be overwritten, and three rows."""
+    """What the forward pass of a chunk leaves: its logits, to be overwritten, and three rows.
+
+    Not to be kept from one chunk to the next: two chunks of logits would exist at a time.
+    """
 
     logits_CV: Tensor
     labels_C: Tensor
@@ -57,6 +65,7 @@ class LossHead:
         self.rows = rows
         self.products = HeadProducts(weight, bias)
         self._chunk_bytes = chunk_bytes
+        self._has_written = False
         self.wide = wide_dtype(weight.dtype)
         is_sharded = tp_group is not None and dist.get_world_size(tp_group) > 1
         self._shard = vocab_shard(weight, tp_group) if tp_group and is_sharded else None
@@ -77,6 +86,25 @@ class LossHead:
         row_bytes = largest * self.wide.itemsize
         return balanced_slices(num_rows, row_bytes, self._chunk_bytes)
 
+    def with_chunks_that_fit(self, work: Callable[[], Result]) -> Result:
+        """Runs `work`; out of memory before any gradient was written halves the chunk once more.
+
+        Never after: the caller's buffer would hold a part of the gradient twice. Never on shards:
+        the other ranks would wait in a collective of the old size.
+        """
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                row_bytes = self._weight.shape[0] * self.wide.itemsize
+                if self._has_written or self.is_sharded or self._chunk_bytes <= row_bytes:
+                    raise
+            # Outside of the handler, whose traceback keeps the failed attempt's tensors alive.
+            self._chunk_bytes //= 2
+            logging.getLogger("lwz_kernels").warning(
+                "loss head: out of memory, trying chunks of %d MB", self._chunk_bytes // 1_000_000
+            )
+
     def local_labels(self, labels_C: Tensor) -> Tensor:
         """Labels counted from the first row of this shard; those of others fall outside."""
         return labels_C if self._shard is None else labels_C - self._shard.start
@@ -92,6 +120,11 @@ class LossHead:
             partials_4C = self._shard.merge(partials_4C)
         logprobs_C, entropy_C, lse_C = finish_statistics(partials_4C)
         return ChunkStatistics(logits_CV, labels_C, temperature_C, logprobs_C, entropy_C, lse_C)
+
+    def score(self, hidden_CD: Tensor, labels_C: Tensor, temperature_C: Tensor) -> Tensor:
+        """logprobs, entropy and lse of one chunk, [3, C]; its logits are gone on return."""
+        stats = self.statistics(hidden_CD, labels_C, temperature_C)
+        return torch.stack([stats.logprobs_C, stats.entropy_C, stats.lse_C])
 
     def new_gradients(
         self, hidden_TD: Tensor, needs: tuple[bool, bool, bool], weight_grad: Tensor | None = None
@@ -137,6 +170,7 @@ class LossHead:
         self, gradients: HeadGradients, chunk: slice, hidden_CD: Tensor, dlogits_CV: Tensor
     ) -> None:
         """dhidden, dweight and dbias of a chunk whose dlogits are known."""
+        self._has_written = True
         if gradients.dhidden_TD is not None:
             if self._shard is None:
                 dhidden_CD = self.products.dhidden(dlogits_CV, out_dtype=hidden_CD.dtype)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 __all__ = ["row_statistics", "write_dlogits_"]
 
-_BLOCK_BYTES = {"cpu": 4 << 20}
+_BLOCK_BYTES = {"cpu": 1 << 20}
 _DEFAULT_BLOCK_BYTES = 256 << 20
 
 

@@ -65,7 +65,7 @@ def step_line(metrics: dict[str, Any], num_steps: int) -> str:
         f"step {metrics['step']:>{width}}/{num_steps}  {rewards}  "
         f"strict {metrics['reward/strict_frac']:.0%}  "
         f"words {metrics['words/think_mean']:.0f}+{metrics['words/answer_mean']:.0f}  "
-        f"truncated {metrics['truncated_frac']:.0%}  entropy {metrics.get('entropy', 0):.2f}  "
+        f"truncated {metrics['truncated_frac']:.0%}  entropy {_number(metrics.get('entropy'))}  "
         f"grad {metrics.get('grad_norm', 0):.2f}  "
         f"{metrics['time/step_s']:.1f} s (rollout {metrics['time/rollout_s']:.1f}, "
         f"update {metrics['time/update_s']:.1f})"

@@ -53,7 +53,7 @@ class PackedAttend:
 
 @dataclass(frozen=True)
 class UpdateMetrics:
-    """Means over loss tokens of all updates of one rollout batch."""
+    """Means over the tokens with a gradient, of all updates of one rollout batch."""
 
     values: dict[str, float]
     num_packed_tokens: int
@@ -290,7 +290,7 @@ class _Totals:
                 self._values[name] = torch.maximum(seen, metrics[name])
 
     def reduce(self, ranks: Ranks) -> UpdateMetrics:
-        """Means over the loss tokens of all ranks."""
+        """Means over the tokens with a gradient, of all ranks."""
         loss = float(sum(self._losses)) if self._losses else 0.0
         local = [float(self._values.get(name, 0.0)) for name in SUMS]
         sums = dict(zip((*SUMS, "loss"), ranks.sum([*local, loss]), strict=True))
@@ -301,22 +301,25 @@ class _Totals:
                 strict=True,
             )
         )
-        tokens = max(sums["num_tokens_sum"], 1.0)
-        importance_sq = max(sums["importance_sq_sum"], 1e-30)
         values = {
             "loss": sums["loss"] / max(self.num_updates, 1),
             "grad_norm": self.grad_norm / max(self.num_updates, 1),
-            "entropy": sums["entropy_sum"] / tokens,
-            "clip_frac_low": sums["clip_low_sum"] / tokens,
-            "clip_frac_high": sums["clip_high_sum"] / tokens,
-            "ratio_mean": sums["ratio_sum"] / tokens,
-            "ratio_max": maxima["ratio_max"],
-            "sampler/logprob_diff_mean": sums["logprob_diff_sum"] / tokens,
-            "sampler/logprob_diff_max": maxima["logprob_diff_max"],
-            "sampler/prob_diff_mean": sums["prob_diff_sum"] / tokens,
-            "sampler/ess_frac": sums["importance_sum"] ** 2 / (importance_sq * tokens),
         }
-        if "kl_sum" in self._values:
+        tokens = sums["num_tokens_sum"]
+        if tokens > 0:  # else no token had a gradient, and there is nothing to take a mean of
+            importance_sq = max(sums["importance_sq_sum"], 1e-30)
+            values |= {
+                "entropy": sums["entropy_sum"] / tokens,
+                "clip_frac_low": sums["clip_low_sum"] / tokens,
+                "clip_frac_high": sums["clip_high_sum"] / tokens,
+                "ratio_mean": sums["ratio_sum"] / tokens,
+                "ratio_max": maxima["ratio_max"],
+                "sampler/logprob_diff_mean": sums["logprob_diff_sum"] / tokens,
+                "sampler/logprob_diff_max": maxima["logprob_diff_max"],
+                "sampler/prob_diff_mean": sums["prob_diff_sum"] / tokens,
+                "sampler/ess_frac": sums["importance_sum"] ** 2 / (importance_sq * tokens),
+            }
+        if tokens > 0 and "kl_sum" in self._values:
             values["kl"] = sums["kl_sum"] / tokens
         packed = int(ranks.sum([float(self._num_packed_tokens)])[0])
         return UpdateMetrics(values, num_packed_tokens=packed, num_updates=self.num_updates)

@@ -7,9 +7,10 @@ in it, so products are fp32 and fp64. What it cannot show (races, spills, limits
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -41,9 +42,15 @@ pytestmark = [
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 PLAIN: dict[str, Any] = {"logit_scale": 1.0, "softcap": None}
 # Plain; scaled; capped so hard that most logits are squashed.
-TRANSFORMS = [PLAIN, {"logit_scale": 0.3, "softcap": None}, {"logit_scale": 1.5, "softcap": 4.0}]
-# One column, around one block of columns, GPT-2's odd size, and Qwen2.5's multiple of nothing.
-VOCAB_SIZES = [1, 127, BLOCK_V - 1, BLOCK_V, BLOCK_V + 1, 50_257, 152_064]
+TRANSFORMS: list[dict[str, Any]] = [
+    PLAIN,
+    {"logit_scale": 0.3, "softcap": None},
+    {"logit_scale": 1.5, "softcap": 4.0},
+]
+# One column, around one block of columns, and sizes of real vocabularies: odd, no multiple of a
+# block, and (the last) a multiple of it.
+VOCAB_SIZES = [1, 127, BLOCK_V - 1, BLOCK_V, BLOCK_V + 1]
+VOCAB_SIZES += [50_257, 151_936, 152_064, 248_320, 262_144]
 
 
 def make_rows(
@@ -100,7 +107,7 @@ def test_row_statistics_find_no_mass_past_the_vocabulary(softcap: float | None) 
     """All logits far below 0: a phantom column at 0, or a maximum begun at 0, would take it all."""
     logits, labels, temperature = make_rows(1, 152_064, FP32)
     rows = (logits - 80, labels, temperature)
-    transform = {"logit_scale": 1.0, "softcap": softcap}
+    transform: dict[str, Any] = {"logit_scale": 1.0, "softcap": softcap}
     ours = finish_statistics(row_statistics(*rows, **transform))
     for mine, truth in zip(ours, truth_of(rows, transform), strict=True):
         torch.testing.assert_close(mine.double(), truth, rtol=1e-5, atol=1e-4)
@@ -213,7 +220,7 @@ def dlogits_of(
 def test_write_dlogits_matches_autograd(vocab_size: int, transform: dict[str, Any]) -> None:
     rows = make_rows(2, vocab_size)
     gradients = tuple(torch.randn(3, 2, dtype=FP64, device=DEVICE))
-    ours = dlogits_of(write_dlogits_, rows, gradients, transform, FP64)  # type: ignore[arg-type]
+    ours = dlogits_of(write_dlogits_, rows, gradients, transform, FP64)
     truth = dlogits_by_autograd(rows, gradients, transform)
     torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-12)
 
@@ -233,8 +240,8 @@ def test_write_dlogits_takes_entropy_and_lse_gradients_apart(terms: tuple[bool, 
 def test_write_dlogits_is_as_good_as_eager(vocab_size: int) -> None:
     rows = make_rows(2, vocab_size, FP32)
     gradients = tuple(torch.randn(3, 2, device=DEVICE))
-    ours = dlogits_of(write_dlogits_, rows, gradients, PLAIN, FP32)  # type: ignore[arg-type]
-    eager = dlogits_of(torch_rows.write_dlogits_, rows, gradients, PLAIN, FP32)  # type: ignore[arg-type]
+    ours = dlogits_of(write_dlogits_, rows, gradients, PLAIN, FP32)
+    eager = dlogits_of(torch_rows.write_dlogits_, rows, gradients, PLAIN, FP32)
     assert_as_good_as_eager(ours, eager, dlogits_by_autograd(rows, gradients, PLAIN))
 
 
@@ -243,8 +250,8 @@ def test_write_dlogits_in_bf16_is_the_fp32_result_rounded(vocab_size: int) -> No
     """A GPU rounds to nearest; the interpreter cuts off."""
     rows = make_rows(2, vocab_size, FP32)
     gradients = tuple(torch.randn(3, 2, device=DEVICE))
-    narrow = dlogits_of(write_dlogits_, rows, gradients, PLAIN, BF16)  # type: ignore[arg-type]
-    wide = dlogits_of(write_dlogits_, rows, gradients, PLAIN, FP32)  # type: ignore[arg-type]
+    narrow = dlogits_of(write_dlogits_, rows, gradients, PLAIN, BF16)
+    wide = dlogits_of(write_dlogits_, rows, gradients, PLAIN, FP32)
     if DEVICE == "cpu":
         wide = (wide.view(torch.int32) >> 16 << 16).view(FP32)
     assert torch.equal(narrow, wide.to(BF16))
@@ -539,13 +546,14 @@ def test_policy_loss_rows_name_a_missing_tensor(name: str) -> None:
 def make_head(
     num_rows: int, depth: int, vocab_size: int, dtype: torch.dtype, *, has_bias: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """hidden, weight, labels, temperature and bias."""
-    hidden = torch.randn(num_rows, depth, dtype=FP64)
+    """hidden, weight, labels, temperature and bias; hidden's rows lie among NaN."""
     weight = 3 * torch.randn(vocab_size, depth, dtype=FP64) / depth**0.5
     bias = torch.randn(vocab_size, dtype=FP64).to(DEVICE, dtype) if has_bias else None
     labels = torch.randint(vocab_size, (num_rows,)).to(DEVICE)
     temperature = (0.5 + torch.rand(num_rows, dtype=FP64)).to(DEVICE, dtype)
-    return hidden.to(DEVICE, dtype), weight.to(DEVICE, dtype), labels, temperature, bias
+    buffer = torch.full((num_rows, depth + 8), torch.nan, dtype=dtype, device=DEVICE)
+    buffer[:, :depth] = torch.randn(num_rows, depth)
+    return buffer[:, :depth], weight.to(DEVICE, dtype), labels, temperature, bias
 
 
 def logits_of(head: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]) -> Tensor:
@@ -560,12 +568,18 @@ HEAD_SHAPES = [(1, 1, 1), (15, 17, 31), (34, 16, 65), (17, 24, 161)]
 
 
 @pytest.fixture
-def tensor_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+def tensor_descriptors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The path of sm_90 and later, three programs taking turns, with the interpreter's tiles."""
-    if DEVICE == "cpu":
-        config = product_kernels._INTERPRETED
-        monkeypatch.setattr(product_kernels, "_device", lambda tensor: (90, 3))
-        monkeypatch.setattr(product_kernels, "_config", lambda *args, **kwargs: config)
+    if DEVICE == "cuda":
+        yield
+        return
+    config = product_kernels._INTERPRETED
+    monkeypatch.setattr(product_kernels, "_device", lambda tensor: (90, 3))
+    monkeypatch.setattr(product_kernels, "_config", lambda *args, **kwargs: config)
+    descriptor = MagicMock(wraps=product_kernels.TensorDescriptor)
+    monkeypatch.setattr(product_kernels, "TensorDescriptor", descriptor)
+    yield
+    assert descriptor.from_tensor.called, "the rows were not aligned"
 
 
 @pytest.mark.parametrize("shape", HEAD_SHAPES, ids=str)
@@ -604,7 +618,7 @@ def test_linear_statistics_find_no_mass_past_the_vocabulary(softcap: float | Non
     hidden, weight, labels, temperature, _ = make_head(2, 4, 33, FP32)
     bias = torch.full((33,), -80.0, device=DEVICE)
     head = (hidden, weight, labels, temperature, bias)
-    transform = {"logit_scale": 1.0, "softcap": softcap}
+    transform: dict[str, Any] = {"logit_scale": 1.0, "softcap": softcap}
     ours = finish_statistics(linear_statistics(*head, **transform))
     truths = truth_of((logits_of(head), labels, temperature), transform)
     for mine, truth in zip(ours, truths, strict=True):

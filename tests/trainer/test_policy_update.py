@@ -180,6 +180,16 @@ def test_run_clips_after_the_first_of_several_updates(tmp_path: Path) -> None:
     assert result.values["ratio_max"] > 1.01
 
 
+def test_run_without_any_spread_measures_and_changes_nothing(tmp_path: Path) -> None:
+    model, tokenizer = load_tiny(tmp_path)
+    samples = [replace(s, advantage=0.0) for s in train_samples(model, tokenizer)]
+    result, optimizer = run_update(model, samples)
+    assert (flat_grad(optimizer) == 0).all()
+    assert result.values == {"loss": 0, "grad_norm": 0}
+    with_bonus, _ = run_update(model, samples, loss=LossConfig(entropy_coef=0.01))
+    assert with_bonus.values["entropy"] > 0
+
+
 def test_run_leaves_masked_samples_out_of_loss_and_normaliser(tmp_path: Path) -> None:
     model, tokenizer = load_tiny(tmp_path)
     samples = train_samples(model, tokenizer)
