@@ -62,8 +62,8 @@ def linear_logprobs(
         >>> bool(torch.allclose(logprobs, -torch.log(torch.tensor(3.0))))
         True
     """
-    check_head(hidden, weight, labels, bias, chunk_bytes)
     weight = whole_weight(weight)
+    check_head(hidden, weight, labels, bias, chunk_bytes)
     temperature_T = expand_temperature(temperature, hidden)
     if impl == "reference":
         if tp_group is not None:

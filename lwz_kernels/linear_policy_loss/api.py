@@ -112,8 +112,8 @@ def linear_policy_loss(
         5
     """
     config = config or PolicyLossConfig()
-    check_head(hidden, weight, labels, bias, chunk_bytes)
     weight = whole_weight(weight)
+    check_head(hidden, weight, labels, bias, chunk_bytes)
     rows = {
         "advantages": advantages,
         "loss_mask": loss_mask,
