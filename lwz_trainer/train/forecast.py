@@ -65,7 +65,7 @@ def forecast_memory(
     count = num_parameters(model)
     always = {"weights": count * size, "gradients, fp32": 4 * count, "AdamW moments": 8 * count}
     if dtype != torch.float32:
-        always["master weights, fp32"] = 4 * count
+        always["lower halves of the masters"] = 2 * count
     if config.loss.kl_coef > 0:
         always["reference model"] = count * size
     rollout, update = config.rollout, config.update

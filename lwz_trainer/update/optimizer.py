@@ -1,22 +1,27 @@
-"""fp32 master weights, gradients and AdamW state, each one flat buffer.
+"""fp32 master weights, gradients and AdamW state, each one flat buffer; 16 bytes a parameter.
 
-Two flats: matrices (decayed) and the rest. When the model is fp32 its parameters are views of the
-master buffer and nothing is kept twice; otherwise the master is rounded into the parameters in
-place after each step, so their addresses never change. Gradients accumulate in the flat fp32 buffer
-whatever the model's dtype: autograd adds into it directly, or a hook adds and frees them.
+Two flats: matrices (decayed) and the rest. The parameters of an fp32 model are views of the master
+itself. Those of a bf16 model are its upper halves, rounded, and the lower 16 bits lie beside them:
+together they are the exact fp32 master, which exists only a span at a time while it is stepped.
+Gradients accumulate in the flat fp32 buffer whatever the model's dtype: autograd adds into it
+directly, or a hook adds and frees them. No address changes after construction.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from lwz_trainer.config.sections import OptimConfig
 
-__all__ = ["FlatAdamW", "learning_rate"]
+__all__ = ["FlatAdamW", "join_halves", "learning_rate", "split_halves"]
+
+# Elements of a master that are joined, stepped and split again at a time: 16 MiB in fp32.
+SPAN = 1 << 22
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
@@ -31,121 +36,174 @@ def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
     return config.lr * (config.min_lr_frac + (1 - config.min_lr_frac) * shape)
 
 
-class FlatAdamW:
-    """AdamW over flat fp32 buffers of all parameters of a model."""
+def split_halves(master: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 [n] as its nearest bf16 and the int16 that is missing: exact for finite values.
 
-    def __init__(self, model: nn.Module, config: OptimConfig) -> None:
-        self._config = config
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._flats: list[tuple[Tensor, list[tuple[nn.Parameter, Tensor, Tensor]]]] = []
-        groups: list[dict[str, Any]] = []
-        matrices = [p for p in self._parameters if p.dim() >= 2]
-        vectors = [p for p in self._parameters if p.dim() < 2]
-        for parameters, decay in ((matrices, config.weight_decay), (vectors, 0.0)):
-            if parameters:
-                groups.append({"params": [self._flatten(parameters)], "weight_decay": decay})
-        self._adamw = torch.optim.AdamW(
-            groups,
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            fused=True,
-        )
+    Ties are rounded away from zero, so that the rest fits 16 bits.
+    """
+    bits = master.view(torch.int32)
+    upper = (bits + 0x8000) >> 16
+    lower = (bits - (upper << 16)).to(torch.int16)
+    return upper.to(torch.int16).view(torch.bfloat16), lower
 
-    def _flatten(self, parameters: list[nn.Parameter]) -> Tensor:
-        """Copies parameters into one fp32 flat with a gradient, and hooks their gradients to it."""
-        total = sum(p.numel() for p in parameters)
-        master = torch.empty(total, dtype=torch.float32, device=parameters[0].device)
-        master.grad = torch.zeros_like(master)
-        entries = []
+
+def join_halves(upper: Tensor, lower: Tensor) -> Tensor:
+    """The fp32 [n] that `split_halves` was given."""
+    bits = (upper.view(torch.int16).to(torch.int32) << 16) + lower.to(torch.int32)
+    return bits.view(torch.float32)
+
+
+class _Flat:
+    """The masters of some parameters, their gradient and moments, one after the other."""
+
+    def __init__(self, parameters: list[nn.Parameter], weight_decay: float) -> None:
+        dtypes = {parameter.dtype for parameter in parameters}
+        assert dtypes in ({torch.float32}, {torch.bfloat16}), f"no masters for {dtypes}"
+        (dtype,) = dtypes
+        self.weight_decay = weight_decay
+        self.parameters = parameters
+        device = parameters[0].device
+        self.size = sum(parameter.numel() for parameter in parameters)
+        self._weights = torch.empty(self.size, dtype=dtype, device=device)
+        self._lower: Tensor | None = None
+        if dtype == torch.bfloat16:
+            self._lower = torch.zeros(self.size, dtype=torch.int16, device=device)
+        self.grad = torch.zeros(self.size, dtype=torch.float32, device=device)
+        self.moments: dict[str, Tensor] = {}
+        self.grads: list[Tensor] = []
         offset = 0
         for parameter in parameters:
             span = slice(offset, offset + parameter.numel())
-            view = master[span].view_as(parameter)
-            grad = master.grad[span].view_as(parameter)
-            view.copy_(parameter.detach())
-            if parameter.dtype == torch.float32:
-                parameter.data, parameter.grad = view, grad
+            weight = self._weights[span].view_as(parameter)
+            grad = self.grad[span].view_as(parameter)
+            weight.copy_(parameter.detach())
+            parameter.data = weight
+            if dtype == torch.float32:
+                parameter.grad = grad
             else:
                 parameter.register_post_accumulate_grad_hook(_adding_into(grad))
-            entries.append((parameter, view, grad))
+            self.grads.append(grad)
             offset = span.stop
-        self._flats.append((master, entries))
-        return master
+
+    def spans(self) -> Iterator[slice]:
+        """Parts to step: all at once where the master exists, else a span at a time."""
+        step = self.size if self._lower is None else SPAN
+        for start in range(0, self.size, step):
+            yield slice(start, min(start + step, self.size))
+
+    def master(self, span: slice) -> Tensor:
+        """fp32 master of a span: a view, or joined from its halves."""
+        if self._lower is None:
+            return self._weights[span]
+        return join_halves(self._weights[span], self._lower[span])
+
+    def write(self, span: slice, master: Tensor) -> None:
+        """Takes over the master of a span, and with it the parameters."""
+        if self._lower is not None:
+            self._weights[span], self._lower[span] = split_halves(master)
+        elif master.data_ptr() != self._weights[span].data_ptr():  # else it is there already
+            self._weights[span] = master
+
+    def ensure_moments(self) -> dict[str, Tensor]:
+        """AdamW's step count and two moments; made when they are first needed."""
+        if not self.moments:
+            self.moments = {
+                "step": torch.zeros((), dtype=torch.float32, device=self.grad.device),
+                "exp_avg": torch.zeros_like(self.grad),
+                "exp_avg_sq": torch.zeros_like(self.grad),
+            }
+        return self.moments
+
+
+class FlatAdamW:
+    """AdamW over flat fp32 masters of all parameters of a model."""
+
+    def __init__(self, model: nn.Module, config: OptimConfig) -> None:
+        self._config = config
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        matrices = [p for p in parameters if p.dim() >= 2]
+        vectors = [p for p in parameters if p.dim() < 2]
+        self._flats = [
+            _Flat(part, decay)
+            for part, decay in ((matrices, config.weight_decay), (vectors, 0.0))
+            if part
+        ]
 
     @property
-    def masters(self) -> list[Tensor]:
-        """The fp32 flats; each one's `.grad` is the flat of accumulated gradients."""
-        return [master for master, _ in self._flats]
+    def grads(self) -> list[Tensor]:
+        """The flat fp32 gradients."""
+        return [flat.grad for flat in self._flats]
 
     def grad_of(self, parameter: Tensor) -> Tensor:
         """The fp32 view of the flat gradient that belongs to a parameter, in its shape."""
         return next(
-            grad for _, entries in self._flats for own, _, grad in entries if own is parameter
+            grad
+            for flat in self._flats
+            for own, grad in zip(flat.parameters, flat.grads, strict=True)
+            if own is parameter
         )
 
     def zero_grad(self) -> None:
-        for master, _ in self._flats:
-            assert master.grad is not None
-            master.grad.zero_()
+        for grad in self.grads:
+            grad.zero_()
 
     def all_reduce_grads(self, group: dist.ProcessGroup | None) -> None:
         """Sums gradients over ranks; the loss is already divided by global counts."""
         if group is not None:
-            for master, _ in self._flats:
-                dist.all_reduce(master.grad, group=group)
+            for grad in self.grads:
+                dist.all_reduce(grad, group=group)
 
     def grad_norm(self) -> Tensor:
         """Global 2-norm of the accumulated gradient, fp32 scalar."""
-        norms = [torch.linalg.vector_norm(master.grad) for master, _ in self._flats]
+        norms = [torch.linalg.vector_norm(grad) for grad in self.grads]
         return torch.linalg.vector_norm(torch.stack(norms))
 
+    @torch.no_grad()
     def step(self, *, lr: float, grad_norm: Tensor) -> None:
-        """Clips to max_grad_norm, steps, and rounds the master into the parameters in place."""
+        """Clips to max_grad_norm and steps masters and parameters in place."""
         limit = self._config.max_grad_norm
-        for group in self._adamw.param_groups:
-            group["lr"] = lr
-        for master, _ in self._flats:
-            assert master.grad is not None
+        for flat in self._flats:
             if limit > 0:
-                master.grad.mul_((limit / grad_norm.clamp(min=1e-12)).clamp(max=1.0))
-        self._adamw.step()
-        self._write_parameters()
+                flat.grad.mul_((limit / grad_norm.clamp(min=1e-12)).clamp(max=1.0))
+            moments = flat.ensure_moments()
+            for span in flat.spans():
+                master = flat.master(span)
+                adamw(
+                    [master],
+                    [flat.grad[span]],
+                    [moments["exp_avg"][span]],
+                    [moments["exp_avg_sq"][span]],
+                    [],
+                    [moments["step"].clone()],  # each call counts one up
+                    fused=True,
+                    amsgrad=False,
+                    beta1=self._config.beta1,
+                    beta2=self._config.beta2,
+                    lr=lr,
+                    weight_decay=flat.weight_decay,
+                    eps=self._config.eps,
+                    maximize=False,
+                )
+                flat.write(span, master)
+            moments["step"] += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Masters and AdamW's moments; tensors are the live ones."""
+        """Masters and AdamW's moments, fp32; the live tensors, but for a bf16 model's masters."""
         state: dict[str, Any] = {}
-        for index, (master, _) in enumerate(self._flats):
-            state[f"master_{index}"] = master
-            moments = self._adamw.state.get(master) or self._initial_moments(master)
-            for name in ("step", "exp_avg", "exp_avg_sq"):
-                state[f"{name}_{index}"] = moments[name]
+        for index, flat in enumerate(self._flats):
+            state[f"master_{index}"] = flat.master(slice(0, flat.size))
+            for name, value in flat.ensure_moments().items():
+                state[f"{name}_{index}"] = value
         return state
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what `state_dict` returned."""
-        for index, (master, _) in enumerate(self._flats):
-            master.copy_(state[f"master_{index}"])
-            self._adamw.state[master] = {
+        for index, flat in enumerate(self._flats):
+            flat.write(slice(0, flat.size), state[f"master_{index}"])
+            flat.moments = {
                 name: state[f"{name}_{index}"] for name in ("step", "exp_avg", "exp_avg_sq")
             }
-        self._write_parameters()
-
-    def _initial_moments(self, master: Tensor) -> dict[str, Tensor]:
-        moments = {
-            "step": torch.zeros((), dtype=torch.float32, device=master.device),
-            "exp_avg": torch.zeros_like(master),
-            "exp_avg_sq": torch.zeros_like(master),
-        }
-        self._adamw.state[master] = moments
-        return moments
-
-    def _write_parameters(self) -> None:
-        with torch.no_grad():
-            for _, entries in self._flats:
-                for parameter, view, _ in entries:
-                    if parameter.dtype != torch.float32:
-                        parameter.copy_(view)
 
 
 def _adding_into(total: Tensor) -> Callable[[Tensor], None]:

@@ -13,7 +13,8 @@ from lwz_trainer.config.sections import OptimConfig, UpdateConfig
 from lwz_trainer.errors import TrainingStopped
 from lwz_trainer.model.decoder import Decoder
 from lwz_trainer.parallel import Ranks
-from lwz_trainer.update.optimizer import FlatAdamW, learning_rate
+from lwz_trainer.update import optimizer as optimizer_module
+from lwz_trainer.update.optimizer import FlatAdamW, join_halves, learning_rate, split_halves
 from lwz_trainer.update.packing import TrainSample
 from lwz_trainer.update.policy_update import PolicyUpdate, UpdateMetrics
 from tests.trainer.rollout_case import load_tiny, make_engine, make_requests, sample_all
@@ -65,7 +66,7 @@ def run_update(
 
 
 def flat_grad(optimizer: FlatAdamW) -> torch.Tensor:
-    return torch.cat([master.grad for master in optimizer.masters])
+    return torch.cat(optimizer.grads)
 
 
 def test_run_starts_exactly_on_policy(tmp_path: Path) -> None:
@@ -263,6 +264,47 @@ def test_flat_adamw_keeps_small_steps_of_bf16_parameters() -> None:
         optimizer.step(lr=1e-4, grad_norm=optimizer.grad_norm())
     assert module.weight.grad is None
     torch.testing.assert_close(module.weight.float(), torch.full((4, 4), 0.99), rtol=0, atol=0.004)
+
+
+def test_split_halves_loses_no_bit_and_rounds_to_nearest() -> None:
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31 - 1, (100_000,), generator=generator, dtype=torch.int64)
+    edges = torch.tensor([0.0, -0.0, 1.0, 1e-40, -1e-40, 3.38e38]).view(torch.int32)
+    ties = (torch.arange(-50, 50, dtype=torch.int64) << 16) + 0x8000
+    master = torch.cat([bits.to(torch.int32), edges, ties.to(torch.int32)]).view(torch.float32)
+    master = master[master.isfinite() & (master.abs() < 3.38e38)]
+    upper, lower = split_halves(master)
+    assert torch.equal(join_halves(upper, lower).view(torch.int32), master.view(torch.int32))
+    nearest = master.to(torch.bfloat16)
+    is_tie = (master.view(torch.int32) & 0xFFFF) == 0x8000
+    assert torch.equal(upper[~is_tie].view(torch.int16), nearest[~is_tie].view(torch.int16))
+    assert is_tie.sum() >= 50
+
+
+def test_flat_adamw_of_bf16_parameters_steps_an_exact_fp32_master(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Bit for bit torch's AdamW on an fp32 copy, over several spans and a reload."""
+    monkeypatch.setattr(optimizer_module, "SPAN", 64)
+    module = torch.nn.Linear(20, 10, bias=False).to(torch.bfloat16)
+    copy = torch.nn.Parameter(module.weight.detach().float().clone())
+    config = OptimConfig(lr=1e-3, weight_decay=0.1, max_grad_norm=0)
+    expected = torch.optim.AdamW([copy], lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = FlatAdamW(module, config)
+    for step in range(4):
+        if step == 2:  # a checkpoint goes on where it was
+            state = {name: value.clone() for name, value in optimizer.state_dict().items()}
+            module = torch.nn.Linear(20, 10, bias=False).to(torch.bfloat16)
+            optimizer = FlatAdamW(module, config)
+            optimizer.load_state_dict(state)
+        grad = torch.randn(10, 20)
+        optimizer.zero_grad()
+        optimizer.grad_of(module.weight).copy_(grad)
+        copy.grad = grad.clone()
+        optimizer.step(lr=1e-3, grad_norm=optimizer.grad_norm())
+        expected.step()
+        assert torch.equal(optimizer.state_dict()["master_0"], copy.detach().flatten())
+        assert torch.equal(module.weight, copy.to(torch.bfloat16))
 
 
 def test_learning_rate_warms_up_and_decays() -> None:
