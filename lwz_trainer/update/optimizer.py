@@ -49,7 +49,9 @@ def split_halves(master: Tensor) -> tuple[Tensor, Tensor]:
 
 def join_halves(upper: Tensor, lower: Tensor) -> Tensor:
     """The fp32 [n] that `split_halves` was given."""
-    bits = (upper.view(torch.int16).to(torch.int32) << 16) + lower.to(torch.int32)
+    bits = upper.view(torch.int16).to(torch.int32)
+    bits <<= 16
+    bits += lower
     return bits.view(torch.float32)
 
 
@@ -103,6 +105,15 @@ class _Flat:
             self._weights[span], self._lower[span] = split_halves(master)
         elif master.data_ptr() != self._weights[span].data_ptr():  # else it is there already
             self._weights[span] = master
+
+    def whole_master(self) -> Tensor:
+        """fp32 master of everything: the live one, or joined a span at a time into a new one."""
+        if self._lower is None:
+            return self._weights
+        whole = torch.empty_like(self.grad)
+        for span in self.spans():
+            whole[span] = self.master(span)
+        return whole
 
     def ensure_moments(self) -> dict[str, Tensor]:
         """AdamW's step count and two moments; made when they are first needed."""
@@ -191,7 +202,7 @@ class FlatAdamW:
         """Masters and AdamW's moments, fp32; the live tensors, but for a bf16 model's masters."""
         state: dict[str, Any] = {}
         for index, flat in enumerate(self._flats):
-            state[f"master_{index}"] = flat.master(slice(0, flat.size))
+            state[f"master_{index}"] = flat.whole_master()
             for name, value in flat.ensure_moments().items():
                 state[f"{name}_{index}"] = value
         return state
@@ -200,7 +211,8 @@ class FlatAdamW:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what `state_dict` returned."""
         for index, flat in enumerate(self._flats):
-            flat.write(slice(0, flat.size), state[f"master_{index}"])
+            for span in flat.spans():
+                flat.write(span, state[f"master_{index}"][span])
             flat.moments = {
                 name: state[f"{name}_{index}"] for name in ("step", "exp_avg", "exp_avg_sq")
             }
