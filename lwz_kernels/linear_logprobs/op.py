@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from lwz_kernels.loss_head.checks import check_labels, without_autocast
 from lwz_kernels.loss_head.head import LossHead
+from lwz_kernels.loss_head.matmul import wide_dtype
 from lwz_kernels.loss_head.rows import RowPass, choose_rows
 
 __all__ = ["HeadOptions", "ShardedLinearLogprobs", "linear_logprobs_op"]
@@ -70,12 +71,11 @@ def _forward(
         )
         return out_3T[0].clone(), out_3T[1].clone(), out_3T[2].clone()
 
-    def score() -> None:
-        for chunk in head.slices(len(active)):
-            rows = active[chunk]
-            out_3T[:, rows] = head.score(hidden[rows], labels[rows], temperature[rows])
+    def score(chunk: slice) -> None:
+        rows = active[chunk]
+        out_3T[:, rows] = head.score(hidden[rows], labels[rows], temperature[rows])
 
-    head.with_chunks_that_fit(score)
+    head.for_each_chunk(len(active), score)
     return out_3T[0].clone(), out_3T[1].clone(), out_3T[2].clone()
 
 
@@ -106,11 +106,7 @@ def _backward(
             gradients, chunk, hidden_AD[chunk], stats, dlogprobs[rows], dentropy[rows], dlse[rows]
         )
 
-    def add_all() -> None:
-        for chunk in head.slices(len(active)):
-            add_chunk(chunk)
-
-    head.with_chunks_that_fit(add_all)
+    head.for_each_chunk(len(active), add_chunk)
     dhidden, dweight, dbias = gradients.dhidden_TD, gradients.dweight_VD, gradients.dbias_V
     if dhidden is not None and not is_whole:
         dhidden = torch.zeros_like(hidden).index_copy_(0, active, dhidden)
@@ -158,7 +154,7 @@ torch.library.impl("lwz::linear_logprobs_backward", "default", _backward_op_impl
 
 @torch.library.register_fake("lwz::linear_logprobs")
 def _linear_logprobs_fake(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(hidden.dtype)
     logprobs, entropy, lse = (hidden.new_empty(hidden.shape[0], dtype=wide) for _ in range(3))
     return logprobs, entropy, lse
 

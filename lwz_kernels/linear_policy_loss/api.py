@@ -15,6 +15,7 @@ from lwz_kernels.linear_policy_loss.op import (
 from lwz_kernels.linear_policy_loss.reference import linear_policy_loss_reference
 from lwz_kernels.loss_head.checks import check_head, expand_temperature, whole_weight
 from lwz_kernels.loss_head.chunks import default_chunk_bytes
+from lwz_kernels.loss_head.matmul import wide_dtype
 
 __all__ = ["linear_policy_loss"]
 
@@ -131,8 +132,9 @@ def linear_policy_loss(
     if weight_grad is not None:
         _check_weight_grad(weight_grad, weight)
     temperature_T = expand_temperature(temperature, hidden)
+    is_in_place = any(value is not None for value in (tp_group, sequence_group, weight_grad))
     if impl == "reference":
-        if any(value is not None for value in (tp_group, sequence_group, weight_grad)):
+        if is_in_place:
             raise ValueError(
                 'impl="reference" takes no tp_group, sequence_group or weight_grad: use "torch"'
             )
@@ -183,8 +185,8 @@ def linear_policy_loss(
             for tensor in (hidden, weight, bias)
         ],
     )
-    where = Placement(weight_grad, tp_group, sequence_group)
-    if where != Placement():
+    if is_in_place:
+        where = Placement(weight_grad, tp_group, sequence_group)
         loss, logprobs, entropy, values = InPlacePolicyLoss.apply(
             hidden, weight, bias, inputs, where
         )
@@ -244,7 +246,7 @@ def _check_counts(
 
 
 def _check_weight_grad(weight_grad: Tensor, weight: Tensor) -> None:
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(weight.dtype)
     if weight_grad.shape != weight.shape or weight_grad.dtype != wide:
         raise ValueError(
             f"weight_grad must be {wide} {[*weight.shape]}, "
@@ -253,7 +255,7 @@ def _check_weight_grad(weight_grad: Tensor, weight: Tensor) -> None:
 
 
 def _as_count(count: int | Tensor, like: Tensor) -> Tensor:
-    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(like.dtype)
     if isinstance(count, Tensor):
         return count.to(device=like.device, dtype=wide)
     return torch.full((), count, dtype=wide, device=like.device)

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from lwz_kernels.linear_policy_loss.config import PolicyLossConfig
 from lwz_kernels.linear_policy_loss.objective import ObjectiveRows, is_token_level
+from lwz_kernels.loss_head.torch_rows import narrow_view
 from lwz_kernels.loss_head.triton_rows import (
     BLOCK_V,
     NUM_WARPS,
     check_logits,
     label_logit,
-    narrow_view,
     scan_row,
     write_row,
 )

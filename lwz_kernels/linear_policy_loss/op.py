@@ -31,6 +31,7 @@ from lwz_kernels.linear_policy_loss.objective import (
 )
 from lwz_kernels.loss_head.checks import check_labels, without_autocast
 from lwz_kernels.loss_head.head import HeadGradients, LossHead
+from lwz_kernels.loss_head.matmul import wide_dtype
 from lwz_kernels.loss_head.rows import RowPass, choose_rows
 
 __all__ = [
@@ -140,7 +141,7 @@ def _linear_policy_loss(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Ten
 @torch.library.register_fake("lwz::linear_policy_loss")
 def _linear_policy_loss_fake(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     inputs = LossInputs(*rest)
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(hidden.dtype)
     needs_dhidden, needs_dweight, needs_dbias = inputs.needs
     bias = inputs.bias
     return (
@@ -263,9 +264,7 @@ def _run(
         has_policy_mask=inputs.policy_mask is not None,
     )
     run = _run_tokens if is_token else _run_sequences
-    loss, active, gradients = head.with_chunks_that_fit(
-        lambda: run(work, inputs, rows_T, mask_T, config, where)
-    )
+    loss, active, gradients = run(work, inputs, rows_T, mask_T, config, where)
     if entropy_weights_T is not None:
         loss = loss - (entropy_weights_T * work.entropy_T).sum()
     log_ratio_T = None
@@ -392,11 +391,14 @@ class _Work:
 
     def take_logprobs(self, index: Tensor) -> None:
         """Log-probs and entropies of the rows in `index`."""
-        for chunk in self._head.slices(len(index)):
+
+        def score(chunk: slice) -> None:
             rows = index[chunk]
             self.logprobs_T[rows], self.entropy_T[rows], _ = self._head.score(
                 self._hidden_TD[rows], self._labels_T[rows], self._temperature_T[rows]
             )
+
+        self._head.for_each_chunk(len(index), score)
 
     def take_gradients(
         self,
@@ -412,25 +414,25 @@ class _Work:
             coefficients: dL/dlogprob of a chunk of `index` from that chunk's log-probs.
             fused: what the row kernel needs to find the coefficients by itself.
         """
+        if not any(self._needs):
+            self.take_logprobs(index)
+            return HeadGradients(None, None, None)
         head = self._head
         is_whole = len(index) == len(self._hidden_TD)
         hidden_AD = self._hidden_TD if is_whole else self._hidden_TD[index]
         gradients = head.new_gradients(hidden_AD, self._needs, weight_grad)
         can_fuse = head.rows.impl == "triton" and not head.is_sharded
-        for chunk in head.slices(len(index)):
-            rows = index[chunk]
-            if not any(self._needs):
-                self.logprobs_T[rows], self.entropy_T[rows], _ = head.score(
-                    hidden_AD[chunk], self._labels_T[rows], self._temperature_T[rows]
-                )
-            elif fused is not None and can_fuse:
-                dlogits_CV = self._fused_dlogits(
-                    rows, hidden_AD[chunk], fused[0].select(chunk), fused[1]
-                )
-                head.add_products(gradients, chunk, hidden_AD[chunk], dlogits_CV)
-                del dlogits_CV  # before the next chunk of logits is made
-            else:
-                self._add_chunk(gradients, chunk, rows, hidden_AD[chunk], coefficients)
+
+        def add_chunk(chunk: slice) -> None:
+            rows, hidden_CD = index[chunk], hidden_AD[chunk]
+            if fused is None or not can_fuse:
+                self._add_chunk(gradients, chunk, rows, hidden_CD, coefficients)
+                return
+            objective, config = fused
+            dlogits_CV = self._fused_dlogits(rows, hidden_CD, objective.select(chunk), config)
+            head.add_products(gradients, chunk, hidden_CD, dlogits_CV)
+
+        head.for_each_chunk(len(index), add_chunk)
         if gradients.dhidden_TD is not None and not is_whole:
             dhidden_TD = torch.zeros_like(self._hidden_TD)
             gradients.dhidden_TD = dhidden_TD.index_copy_(0, index, gradients.dhidden_TD)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
+from lwz_kernels.loss_head.matmul import wide_dtype
+
 __all__ = [
     "check_head",
     "check_labels",
@@ -61,7 +63,7 @@ def check_labels(labels: Tensor, counts: Tensor, vocab_size: int) -> None:
 
 def expand_temperature(temperature: float | Tensor, rows: Tensor) -> Tensor:
     """Temperature of each row, [T] in the accumulation type of `rows` [T, ...]."""
-    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(rows.dtype)
     if isinstance(temperature, Tensor):
         if temperature.shape not in (torch.Size([]), rows.shape[:1]):
             raise ValueError(

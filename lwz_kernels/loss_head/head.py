@@ -8,7 +8,6 @@ without gradients, so a ratio of the two is exactly 1.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,8 +19,6 @@ from lwz_kernels.loss_head.rows import RowPass, finish_statistics
 from lwz_kernels.loss_head.vocab_parallel import vocab_shard
 
 __all__ = ["ChunkStatistics", "HeadGradients", "LossHead"]
-
-Result = TypeVar("Result")
 
 
 @dataclass
@@ -80,23 +77,21 @@ class LossHead:
         """Rows of the whole head, over all shards."""
         return self._weight.shape[0] if self._shard is None else self._shard.vocab_size
 
-    def slices(self, num_rows: int) -> list[slice]:
-        """The chunks that `num_rows` rows are worked through in."""
+    def for_each_chunk(self, num_rows: int, work: Callable[[slice], None]) -> None:
+        """Calls `work` with every chunk of `num_rows` rows; what it holds is gone before the next.
+
+        Out of memory before any gradient was written halves the chunk and begins again. Never
+        after: the caller's buffer would hold a part of the gradient twice. Never on shards of a
+        vocabulary: the other ranks would wait in a collective of the old size.
+        """
         largest = self._weight.shape[0] if self._shard is None else self._shard.largest
         row_bytes = largest * self.wide.itemsize
-        return balanced_slices(num_rows, row_bytes, self._chunk_bytes)
-
-    def with_chunks_that_fit(self, work: Callable[[], Result]) -> Result:
-        """Runs `work`; out of memory before any gradient was written halves the chunk once more.
-
-        Never after: the caller's buffer would hold a part of the gradient twice. Never on shards:
-        the other ranks would wait in a collective of the old size.
-        """
         while True:
             try:
-                return work()
+                for chunk in balanced_slices(num_rows, row_bytes, self._chunk_bytes):
+                    work(chunk)
+                return
             except torch.OutOfMemoryError:
-                row_bytes = self._weight.shape[0] * self.wide.itemsize
                 if self._has_written or self.is_sharded or self._chunk_bytes <= row_bytes:
                     raise
             # Outside of the handler, whose traceback keeps the failed attempt's tensors alive.
@@ -105,16 +100,13 @@ class LossHead:
                 "loss head: out of memory, trying chunks of %d MB", self._chunk_bytes // 1_000_000
             )
 
-    def local_labels(self, labels_C: Tensor) -> Tensor:
-        """Labels counted from the first row of this shard; those of others fall outside."""
-        return labels_C if self._shard is None else labels_C - self._shard.start
-
     def statistics(
         self, hidden_CD: Tensor, labels_C: Tensor, temperature_C: Tensor
     ) -> ChunkStatistics:
         """Logits of one chunk and its log-probs, entropies and log-sum-exps."""
         logits_CV = self.products.logits(hidden_CD)
-        labels_C = self.local_labels(labels_C)
+        if self._shard is not None:  # counted from its first row; others' labels fall outside
+            labels_C = labels_C - self._shard.start
         partials_4C = self.rows.statistics(logits_CV, labels_C, temperature_C)
         if self._shard is not None:
             partials_4C = self._shard.merge(partials_4C)

@@ -6,7 +6,7 @@ A chunk is worked through in blocks of rows, so that temporaries stay small besi
 import torch
 from torch import Tensor
 
-__all__ = ["row_statistics", "write_dlogits_"]
+__all__ = ["narrow_view", "row_statistics", "write_dlogits_"]
 
 _BLOCK_BYTES = {"cpu": 1 << 20}
 _DEFAULT_BLOCK_BYTES = 256 << 20
@@ -76,9 +76,9 @@ def write_dlogits_(
 
 
 def narrow_view(logits_CV: Tensor, dtype: torch.dtype) -> Tensor:
-    """The storage of fp32 logits as [C, V] of a narrower type, each row where it was."""
-    if dtype == logits_CV.dtype:
-        return logits_CV
+    """The storage of the logits as [C, V] of a type at most as wide, each row where it was."""
+    if dtype.itemsize > logits_CV.dtype.itemsize:
+        raise ValueError(f"dlogits of {dtype} do not fit in place of {logits_CV.dtype} logits")
     return logits_CV.view(dtype)[:, : logits_CV.shape[1]]
 
 

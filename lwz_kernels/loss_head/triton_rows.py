@@ -11,13 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lwz_kernels.loss_head.torch_rows import narrow_view
+
 __all__ = [
     "BLOCK_V",
     "NUM_WARPS",
     "check_logits",
     "label_logit",
     "merge_lanes",
-    "narrow_view",
     "online_update",
     "row_statistics",
     "scaled_logits",
@@ -112,13 +113,6 @@ def write_dlogits_(
                 enable_fp_fusion=True,
             )
     return out_CV
-
-
-def narrow_view(logits_CV: Tensor, dtype: torch.dtype) -> Tensor:
-    """The storage of the logits as [C, V] of a type at most as wide, each row where it was."""
-    if dtype.itemsize > logits_CV.dtype.itemsize:
-        raise ValueError(f"dlogits of {dtype} do not fit in place of {logits_CV.dtype} logits")
-    return logits_CV.view(dtype)[:, : logits_CV.shape[1]]
 
 
 def check_logits(logits_CV: Tensor) -> tuple[int, int]:

@@ -272,7 +272,6 @@ class _Totals:
 
     def __init__(self) -> None:
         self._values: dict[str, Tensor] = {}
-        self._loss = 0.0
         self._losses: list[Tensor] = []
         self.grad_norm = 0.0
         self.num_updates = 0

@@ -475,6 +475,40 @@ def test_linear_policy_loss_halves_its_chunk_when_memory_runs_out(
     assert caplog.text.count("out of memory, trying chunks") == 3
 
 
+def test_linear_policy_loss_halving_its_chunk_repeats_no_collective(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The other ranks of a sequence do not run out of memory, and would not answer twice."""
+    sums = []
+    logits = HeadProducts.logits
+
+    def count(values: torch.Tensor, *, group: object) -> torch.Tensor:
+        sums.append(group)
+        return values
+
+    def tight(self: HeadProducts, hidden_CD: torch.Tensor) -> torch.Tensor:
+        if len(hidden_CD) > 3:
+            raise torch.OutOfMemoryError("no room for more than three rows")
+        return logits(self, hidden_CD)
+
+    monkeypatch.setattr("lwz_kernels.linear_policy_loss.op._all_reduce", count)
+    changes: dict[str, Any] = {
+        "config": PolicyLossConfig(loss_type="gspo"),
+        "sequence_loss_tokens": torch.tensor([3, 1, 0, 4, 2]),
+        "sequence_group": "a group",
+    }
+    for changes["old_logprobs"] in (None, make_case()["old_logprobs"]):
+        sums.clear()
+        expected, _ = call(linear_policy_loss, make_case(), **changes)
+        num_collectives = len(sums)
+        sums.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(HeadProducts, "logits", tight)
+            found, _ = call(linear_policy_loss, make_case(), **changes)
+        torch.testing.assert_close(found, expected)
+        assert len(sums) == num_collectives > 0
+
+
 def test_linear_policy_loss_never_tries_again_once_a_gradient_was_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
