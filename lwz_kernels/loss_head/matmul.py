@@ -13,19 +13,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["HeadProducts", "has_native_bf16", "head_operand", "matmul_wide", "wide_dtype"]
+__all__ = ["HeadProducts", "has_native_bf16", "matmul_wide", "wide_dtype"]
 
+# Of the head in fp32: fits a CPU's last cache beside what it is multiplied with.
+_TILE_BYTES = 4 << 20
 _BF16_MATRIX_CAPABILITIES = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The accumulation type: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def head_operand(weight: Tensor) -> Tensor:
-    """The weight as `matmul_wide` wants it: itself on CUDA, an fp32 copy (or itself) on a CPU."""
-    return weight if weight.is_cuda else weight.to(wide_dtype(weight.dtype))
 
 
 def matmul_wide(a: Tensor, b: Tensor) -> Tensor:
@@ -41,7 +38,10 @@ class HeadProducts:
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._wide = wide_dtype(weight.dtype)
-        self._head_VD = head_operand(weight)
+        self._weight = weight
+        # Widened a tile at a time, in cache: a copy of the whole head is larger than a chunk.
+        self._widens = not weight.is_cuda and weight.dtype != self._wide
+        self._tile_rows = max(1, _TILE_BYTES // (weight.shape[1] * self._wide.itemsize))
         self._bias_V = None if bias is None else bias.to(self._wide)
         self._narrow = weight.dtype
         self._allows_bf16 = not weight.is_cuda and weight.dtype == torch.bfloat16
@@ -49,20 +49,31 @@ class HeadProducts:
     @property
     def dlogits_dtype(self) -> torch.dtype:
         """What `dhidden` and `add_dweight` want: the weight's dtype on CUDA, fp32 on a CPU."""
-        return self._head_VD.dtype
+        return self._wide if self._widens else self._weight.dtype
 
     def logits(self, hidden_CD: Tensor) -> Tensor:
         """hidden @ weight.T + bias, [C, V] fp32."""
         with self._precision():
-            logits_CV = matmul_wide(hidden_CD, self._head_VD.t())
+            if not self._widens:
+                logits_CV = matmul_wide(hidden_CD, self._weight.t())
+            else:
+                wide_CD = hidden_CD.to(self._wide)
+                logits_CV = wide_CD.new_empty(hidden_CD.shape[0], self._weight.shape[0])
+                for tile, weight_ND in self._wide_tiles():
+                    torch.mm(wide_CD, weight_ND.t(), out=logits_CV[:, tile])
         return logits_CV if self._bias_V is None else logits_CV.add_(self._bias_V)
 
     def dhidden(self, dlogits_CV: Tensor, *, out_dtype: torch.dtype) -> Tensor:
         """dlogits @ weight, [C, D], rounded once to `out_dtype`."""
         if dlogits_CV.is_cuda and out_dtype == dlogits_CV.dtype:
-            return torch.mm(dlogits_CV, self._head_VD)
+            return torch.mm(dlogits_CV, self._weight)
         with self._precision():
-            return matmul_wide(dlogits_CV, self._head_VD).to(out_dtype)
+            if not self._widens:
+                return matmul_wide(dlogits_CV, self._weight).to(out_dtype)
+            dhidden_CD = dlogits_CV.new_zeros(dlogits_CV.shape[0], self._weight.shape[1])
+            for tile, weight_ND in self._wide_tiles():
+                dhidden_CD.addmm_(dlogits_CV[:, tile], weight_ND)
+            return dhidden_CD.to(out_dtype)
 
     def add_dweight(self, dweight_VD: Tensor, dlogits_CV: Tensor, hidden_CD: Tensor) -> None:
         """dweight += dlogits.T @ hidden, in place, in the fp32 of `dweight_VD`."""
@@ -77,6 +88,12 @@ class HeadProducts:
             return
         with self._precision():
             dweight_VD.addmm_(dlogits_CV.t(), hidden_CD.to(self._wide))
+
+    def _wide_tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """Spans of the vocabulary and their rows of the head, widened."""
+        for start in range(0, self._weight.shape[0], self._tile_rows):
+            tile = slice(start, start + self._tile_rows)
+            yield tile, self._weight[tile].to(self._wide)
 
     @contextlib.contextmanager
     def _precision(self) -> Iterator[None]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lwz_trainer.model.architecture import ModelConfig, YarnScaling
-from lwz_trainer.model.linear import linear
+from lwz_trainer.model.linear import embedding, linear
 from lwz_trainer.model.rotary import inverse_frequencies, rotary_tables, rotate
 
 __all__ = ["Attend", "Decoder", "DecoderLayer"]
@@ -155,7 +155,7 @@ class Decoder(nn.Module):
         Returns:
             [T, D] of the parameters' type.
         """
-        x_TD = F.embedding(input_ids, self.embed)
+        x_TD = embedding(input_ids, self.embed)
         cos, sin = rotary_tables(position_ids, self.inv_freq, self.attention_factor, x_TD.dtype)
         recompute = checkpoint_layers and torch.is_grad_enabled()
         for layer in self.layers:

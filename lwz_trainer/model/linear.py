@@ -4,6 +4,7 @@ A CPU without bf16 matrix instructions (AVX2, or AVX-512 without BF16) multiplie
 several times slower than fp32 ones. There `linear` multiplies fp32 copies that live for one call;
 a handful of rows is limited by reading the weights, so those stay bf16.
 Decoding has few rows and no gradients: there the kernel that reads each weight once runs instead.
+In the backward pass weight gradients go straight into the parameter's `main_grad`, if it has one.
 """
 
 from typing import Any, Literal
@@ -14,8 +15,16 @@ from torch import Tensor
 
 from lwz_kernels.loss_head import has_native_bf16, matmul_wide
 from lwz_kernels.skinny_linear import AUTO_MAX_ROWS, skinny_linear
+from lwz_trainer.model.main_grad import main_grad
 
-__all__ = ["default_dtype", "has_native_bf16", "linear", "resolve_dtype", "wide_logits"]
+__all__ = [
+    "default_dtype",
+    "embedding",
+    "has_native_bf16",
+    "linear",
+    "resolve_dtype",
+    "wide_logits",
+]
 
 # From this many rows on, fp32 copies are the faster choice (AVX2, 576 x 1536, one thread: 8 rows
 # 0.62 ms against 1.72 ms, 32 rows 0.95 ms against 5.80 ms; one row 0.21 ms against 0.19 ms).
@@ -58,14 +67,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and not has_native_bf16()
         and x.numel() >= _MIN_UPCAST_ROWS * x.shape[-1]
     ):
-        return _Fp32Linear.apply(x, weight, bias)
-    return F.linear(x, weight, bias)
+        return _Linear.apply(x, weight, bias, True)
+    return _Linear.apply(x, weight, bias, False)
+
+
+def embedding(input_ids: Tensor, weight: Tensor) -> Tensor:
+    """Rows of `weight` [V, D] by `input_ids` [T] int: [T, D], differentiable."""
+    return _Embedding.apply(input_ids, weight)
 
 
 def wide_logits(hidden: Tensor, head: Tensor) -> Tensor:
-    """hidden · headᵀ in fp32 for sampling: [B, D] and [V, D] (an fp32 head on a CPU) to [B, V]."""
+    """hidden · headᵀ in fp32 for sampling: [B, D] and [V, D] of one type to [B, V]."""
     if hidden.device.type == "cpu" and not torch.is_grad_enabled():
-        return skinny_linear(hidden.to(head.dtype), head)
+        return skinny_linear(hidden, head, out_dtype=torch.float32)
     return matmul_wide(hidden, head.t())
 
 
@@ -77,25 +91,71 @@ def _is_skinny(x: Tensor, weight: Tensor) -> bool:
     return is_suitable and 0 < x.numel() <= AUTO_MAX_ROWS * x.shape[-1]
 
 
-class _Fp32Linear(torch.autograd.Function):
-    """`F.linear` of fp32 copies; only the narrow inputs are kept for the backward pass."""
+class _Linear(torch.autograd.Function):
+    """`F.linear`, of fp32 copies where those are faster; keeps only its inputs for backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, upcasts: bool) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.upcasts, ctx.main_grad = upcasts, main_grad(weight)
+        if not upcasts:
+            return F.linear(x, weight, bias)
         wide_bias = None if bias is None else bias.float()
         return F.linear(x.float(), weight.float(), wide_bias).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        dout_RO = grad_outputs[0].reshape(-1, weight.shape[0]).float()
+        x, weight, bias = ctx.saved_tensors
+        dout_RO = grad_outputs[0].reshape(-1, weight.shape[0])
+        x_RI = x.reshape(-1, weight.shape[1])
+        factor = weight
+        if ctx.upcasts:
+            dout_RO, x_RI, factor = dout_RO.float(), x_RI.float(), weight.float()
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = (dout_RO @ weight.float()).to(x.dtype).view_as(x)
+            dx = (dout_RO @ factor).to(x.dtype).view_as(x)
         if ctx.needs_input_grad[1]:
-            dweight = (dout_RO.T @ x.reshape(-1, weight.shape[1]).float()).to(weight.dtype)
-        if ctx.has_bias and ctx.needs_input_grad[2]:
-            dbias = dout_RO.sum(0).to(weight.dtype)
-        return dx, dweight, dbias
+            dweight = _dweight(dout_RO, x_RI, weight.dtype, ctx.main_grad)
+        if bias is not None and ctx.needs_input_grad[2]:
+            dbias = dout_RO.sum(0).to(bias.dtype)
+        return dx, dweight, dbias, None
+
+
+class _Embedding(torch.autograd.Function):
+    """`F.embedding` whose gradient touches the rows of its tokens only."""
+
+    @staticmethod
+    def forward(ctx: Any, input_ids: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(input_ids)
+        ctx.num_rows, ctx.main_grad = weight.shape[0], main_grad(weight)
+        return F.embedding(input_ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (input_ids,) = ctx.saved_tensors
+        (dout_TD,) = grad_outputs
+        total = ctx.main_grad
+        if total is None:
+            return None, torch.ops.aten.embedding_dense_backward(
+                dout_TD, input_ids, ctx.num_rows, -1, False
+            )
+        if total.is_cuda:  # sorts first; index_add_ would add in any order there
+            total.index_put_((input_ids,), dout_TD.to(total.dtype), accumulate=True)
+        else:
+            total.index_add_(0, input_ids, dout_TD.to(total.dtype))
+        return None, None
+
+
+def _dweight(
+    dout_RO: Tensor, x_RI: Tensor, dtype: torch.dtype, total: Tensor | None
+) -> Tensor | None:
+    """dout.T @ x, added to `total` where there is one, else returned in `dtype`."""
+    if total is None:
+        return (dout_RO.T @ x_RI).to(dtype)
+    if dout_RO.dtype == total.dtype:
+        total.addmm_(dout_RO.T, x_RI)
+    elif dout_RO.is_cuda:
+        torch.addmm(total, dout_RO.T, x_RI, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(dout_RO.T @ x_RI)
+    return None

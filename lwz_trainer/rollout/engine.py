@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from lwz_kernels.attention import AttentionPlan
-from lwz_kernels.loss_head import head_operand
 from lwz_trainer.config.sections import RolloutConfig
 from lwz_trainer.errors import UserError
 from lwz_trainer.model.decoder import Decoder
@@ -52,7 +51,6 @@ class _Phase:
     scheduler: Scheduler
     cache: PagedKVCache
     page_table: Tensor
-    head_VD: Tensor
     num_decode_steps: int = 0
     num_prefill_tokens: int = 0
     num_tokens: int = 0
@@ -173,7 +171,6 @@ class RolloutEngine:
                 device=weight.device,
             ),
             page_table=torch.zeros(max_num_seqs, pages_each, dtype=torch.int32),
-            head_VD=head_operand(weight),
         )
 
     def _prefill(self, phase: _Phase) -> tuple[list[Sequence], Tensor]:
@@ -213,7 +210,7 @@ class RolloutEngine:
     def _forward_pack(
         self, phase: _Phase, pack: list[tuple[list[int], list[int]]]
     ) -> tuple[Tensor, list[int]]:
-        device, page_size = phase.head_VD.device, self._config.page_size
+        device, page_size = self._model.head_weight.device, self._config.page_size
         cu_seqlens = [0]
         ids: list[int] = []
         slots: list[Tensor] = []
@@ -250,7 +247,7 @@ class RolloutEngine:
                 self._write_page_row(phase, sequence)
         used = scheduler.allocator.num_pages - scheduler.allocator.num_free
         phase.peak_pages = max(phase.peak_pages, used)
-        device = phase.head_VD.device
+        device = self._model.head_weight.device
         positions_B = torch.tensor([sequence.num_cached for sequence in running])
         rows = [sequence.row for sequence in running]
         num_columns = int(positions_B.max()) // page_size + 1
@@ -277,7 +274,7 @@ class RolloutEngine:
         self, phase: _Phase, sequences: list[Sequence], hidden_BD: Tensor, *, seed: int, step: int
     ) -> None:
         config, device = self._config, hidden_BD.device
-        logits_BV = wide_logits(hidden_BD, phase.head_VD)
+        logits_BV = wide_logits(hidden_BD, self._model.head_weight)
         samples_B = torch.tensor([sequence.sample for sequence in sequences], device=device)
         positions_B = torch.tensor([len(sequence.tokens) for sequence in sequences], device=device)
         tokens_B, logprobs_B = sample_tokens(

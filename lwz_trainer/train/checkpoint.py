@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
 
 from lwz_trainer.errors import UserError
@@ -41,10 +42,12 @@ class Progress:
 class CheckpointStore:
     """Checkpoints of one run directory."""
 
-    def __init__(self, run_dir: Path, ranks: Ranks, model: ModelConfig, *, keep: int) -> None:
+    def __init__(
+        self, run_dir: Path, ranks: Ranks, model: ModelConfig, dtype: torch.dtype, *, keep: int
+    ) -> None:
         self._dir = run_dir / "checkpoints"
         self._ranks = ranks
-        self._model = json.loads(json.dumps(dataclasses.asdict(model)))
+        self._model = json.loads(json.dumps(dataclasses.asdict(model) | {"dtype": str(dtype)}))
         self._keep = keep
 
     def latest(self) -> Path | None:

@@ -119,7 +119,7 @@ class Trainer:
             checkpoint_layers=config.model.checkpoint_layers,
         )
         self._checkpoints = CheckpointStore(
-            self._run_dir, ranks, self._model.config, keep=config.checkpoint.keep
+            self._run_dir, ranks, self._model.config, dtype, keep=config.checkpoint.keep
         )
         self._step = 0
         self._policy_version = 0
@@ -312,9 +312,7 @@ class Trainer:
                 f"checkpoint {latest} has {progress.step} steps, num_steps is "
                 f"{self._config.num_steps}: raise num_steps or pass another output_dir"
             )
-        tensors = self._optimizer.state_dict()
-        self._checkpoints.load_tensors(latest, tensors)
-        self._optimizer.load_state_dict(tensors)
+        self._checkpoints.load_tensors(latest, self._optimizer.state_dict())
         self._step = self._saved_step = progress.step
         self._policy_version = progress.policy_version
         self._engine.expected_completion_tokens = progress.expected_completion_tokens

@@ -3,13 +3,13 @@
 Two flats: matrices (decayed) and the rest. The parameters of an fp32 model are views of the master
 itself. Those of a bf16 model are its upper halves, rounded, and the lower 16 bits lie beside them:
 together they are the exact fp32 master, which exists only a span at a time while it is stepped.
-Gradients accumulate in the flat fp32 buffer whatever the model's dtype: autograd adds into it
-directly, or a hook adds and frees them. No address changes after construction.
+Gradients accumulate in the flat fp32 buffer whatever the model's dtype: products add to their
+`main_grad` themselves; of the rest autograd adds into it directly, or a hook adds and frees them.
+No address changes after construction.
 """
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from lwz_trainer.config.sections import OptimConfig
+from lwz_trainer.model.main_grad import attach_main_grad
 
 __all__ = ["FlatAdamW", "join_halves", "learning_rate", "split_halves"]
 
@@ -72,7 +73,6 @@ class _Flat:
             self._lower = torch.zeros(self.size, dtype=torch.int16, device=device)
         self.grad = torch.zeros(self.size, dtype=torch.float32, device=device)
         self.moments: dict[str, Tensor] = {}
-        self.grads: list[Tensor] = []
         offset = 0
         for parameter in parameters:
             span = slice(offset, offset + parameter.numel())
@@ -84,7 +84,7 @@ class _Flat:
                 parameter.grad = grad
             else:
                 parameter.register_post_accumulate_grad_hook(_adding_into(grad))
-            self.grads.append(grad)
+            attach_main_grad(parameter, grad)
             offset = span.stop
 
     def spans(self) -> Iterator[slice]:
@@ -106,14 +106,11 @@ class _Flat:
         elif master.data_ptr() != self._weights[span].data_ptr():  # else it is there already
             self._weights[span] = master
 
-    def whole_master(self) -> Tensor:
-        """fp32 master of everything: the live one, or joined a span at a time into a new one."""
+    def weights(self) -> dict[str, Tensor]:
+        """The live tensors that hold the master: itself, or its two halves."""
         if self._lower is None:
-            return self._weights
-        whole = torch.empty_like(self.grad)
-        for span in self.spans():
-            whole[span] = self.master(span)
-        return whole
+            return {"master": self._weights}
+        return {"master_upper": self._weights, "master_lower": self._lower}
 
     def ensure_moments(self) -> dict[str, Tensor]:
         """AdamW's step count and two moments; made when they are first needed."""
@@ -144,15 +141,6 @@ class FlatAdamW:
     def grads(self) -> list[Tensor]:
         """The flat fp32 gradients."""
         return [flat.grad for flat in self._flats]
-
-    def grad_of(self, parameter: Tensor) -> Tensor:
-        """The fp32 view of the flat gradient that belongs to a parameter, in its shape."""
-        return next(
-            grad
-            for flat in self._flats
-            for own, grad in zip(flat.parameters, flat.grads, strict=True)
-            if own is parameter
-        )
 
     def zero_grad(self) -> None:
         for grad in self.grads:
@@ -198,30 +186,19 @@ class FlatAdamW:
                 flat.write(span, master)
             moments["step"] += 1
 
-    def state_dict(self) -> dict[str, Any]:
-        """Masters and AdamW's moments, fp32; the live tensors, but for a bf16 model's masters."""
-        state: dict[str, Any] = {}
-        for index, flat in enumerate(self._flats):
-            state[f"master_{index}"] = flat.whole_master()
-            for name, value in flat.ensure_moments().items():
-                state[f"{name}_{index}"] = value
-        return state
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what `state_dict` returned."""
-        for index, flat in enumerate(self._flats):
-            for span in flat.spans():
-                flat.write(span, state[f"master_{index}"][span])
-            flat.moments = {
-                name: state[f"{name}_{index}"] for name in ("step", "exp_avg", "exp_avg_sq")
-            }
+    def state_dict(self) -> dict[str, Tensor]:
+        """Masters and AdamW's moments: the live tensors, so loading into them is enough."""
+        return {
+            f"{name}_{index}": value
+            for index, flat in enumerate(self._flats)
+            for name, value in (flat.weights() | flat.ensure_moments()).items()
+        }
 
 
 def _adding_into(total: Tensor) -> Callable[[Tensor], None]:
     def hook(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        total.add_(parameter.grad)
-        parameter.grad = None
+        if parameter.grad is not None:  # None where a product added to main_grad
+            total.add_(parameter.grad)
+            parameter.grad = None
 
     return hook

@@ -18,6 +18,7 @@ from lwz_trainer.config.loss import LossConfig
 from lwz_trainer.config.sections import UpdateConfig
 from lwz_trainer.errors import TrainingStopped
 from lwz_trainer.model.decoder import Decoder
+from lwz_trainer.model.main_grad import main_grad
 from lwz_trainer.parallel import Ranks
 from lwz_trainer.update.optimizer import FlatAdamW
 from lwz_trainer.update.packing import MicroBatch, TrainSample, pack_samples
@@ -220,7 +221,7 @@ class PolicyUpdate:
             ref_logprobs=ref_logprobs,
             sampling_logprobs=batch.sampling_logprobs_R.to(device),
             temperature=self._temperature,
-            weight_grad=None if is_oracle else self._optimizer.grad_of(head_weight),
+            weight_grad=None if is_oracle else main_grad(head_weight),
             config=self._loss_config,
             chunk_bytes=self._loss_config.chunk_bytes,
             impl=self._loss_config.impl,

@@ -296,14 +296,17 @@ def test_flat_adamw_of_bf16_parameters_steps_an_exact_fp32_master(
             state = {name: value.clone() for name, value in optimizer.state_dict().items()}
             module = torch.nn.Linear(20, 10, bias=False).to(torch.bfloat16)
             optimizer = FlatAdamW(module, config)
-            optimizer.load_state_dict(state)
+            for name, value in optimizer.state_dict().items():
+                value.copy_(state[name])
         grad = torch.randn(10, 20)
         optimizer.zero_grad()
-        optimizer.grad_of(module.weight).copy_(grad)
+        module.weight.main_grad.copy_(grad)
         copy.grad = grad.clone()
         optimizer.step(lr=1e-3, grad_norm=optimizer.grad_norm())
         expected.step()
-        assert torch.equal(optimizer.state_dict()["master_0"], copy.detach().flatten())
+        halves = optimizer.state_dict()
+        master = join_halves(halves["master_upper_0"], halves["master_lower_0"])
+        assert torch.equal(master, copy.detach().flatten())
         assert torch.equal(module.weight, copy.to(torch.bfloat16))
 
 
