@@ -21,8 +21,8 @@ from lwz_trainer.model.main_grad import attach_main_grad
 
 __all__ = ["FlatAdamW", "join_halves", "learning_rate", "split_halves"]
 
-# Elements of a master that are joined, stepped and split again at a time: 16 MiB in fp32.
-SPAN = 1 << 22
+# Elements of a master that are joined, stepped and split again at a time: 4 MiB in fp32.
+SPAN = 1 << 20
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
