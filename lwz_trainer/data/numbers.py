@@ -1,0 +1,108 @@
+"""Numbers as people write them in requests: digits, English words, Chinese numerals."""
+
+import re
+
+__all__ = ["CHINESE_NUMBER", "ENGLISH_NUMBER", "parse_chinese", "parse_english"]
+
+_UNITS = {
+    "zero": 0,
+    "one": 1,
+    "two": 2,
+    "three": 3,
+    "four": 4,
+    "five": 5,
+    "six": 6,
+    "seven": 7,
+    "eight": 8,
+    "nine": 9,
+    "ten": 10,
+    "eleven": 11,
+    "twelve": 12,
+    "thirteen": 13,
+    "fourteen": 14,
+    "fifteen": 15,
+    "sixteen": 16,
+    "seventeen": 17,
+    "eighteen": 18,
+    "nineteen": 19,
+}
+_TENS = {
+    "twenty": 20,
+    "thirty": 30,
+    "forty": 40,
+    "fifty": 50,
+    "sixty": 60,
+    "seventy": 70,
+    "eighty": 80,
+    "ninety": 90,
+}
+_SCALES = {"hundred": 100, "thousand": 1000, "k": 1000}
+_DIGITS = r"\d{1,3}(?:,\d{3})+|\d+(?:\.\d+)?"
+_SIMPLE = "|".join(sorted((*_TENS, *_UNITS), key=len, reverse=True))
+_SCALE = "(?:hundred|thousand)"
+# "five hundred and fifty" is one number, "five hundred and six hundred" are two.
+_SPELLED = (
+    rf"(?:(?:{_SIMPLE})\b|an?(?=[ -]{_SCALE}))"
+    rf"(?:[ -](?:{_SIMPLE}|{_SCALE})\b|[ -]and[ -](?:{_SIMPLE})\b(?![ -]{_SCALE}))*"
+)
+
+ENGLISH_NUMBER = rf"(?:(?:{_DIGITS})(?:[ -]?(?:k|thousand|hundred)\b)?|\b{_SPELLED}\b)"
+"""Pattern of one number: "1,500", "2k", "2.5 thousand", "fifteen hundred", "a thousand"."""
+
+_CHINESE_DIGITS = {char: value for value, char in enumerate("零一二三四五六七八九")} | {
+    "〇": 0,
+    "两": 2,
+}
+_CHINESE_SCALES = {"十": 10, "百": 100, "千": 1000}
+
+CHINESE_NUMBER = rf"(?:(?:{_DIGITS})[百千万]?|[零〇一二两三四五六七八九十百千万]+)"
+"""Pattern of one number: "800", "3千", "1.2万", "一千五百", "两千五"."""
+
+
+def parse_english(text: str) -> float:
+    """Value of what `ENGLISH_NUMBER` matched, in lower case."""
+    digits = re.match(_DIGITS, text)
+    if digits:
+        value = float(digits.group().replace(",", ""))
+        return value * _SCALES.get(text[digits.end() :].strip(" -"), 1)
+    total = current = 0
+    for word in re.split(r"[ -]+", text):
+        if word in ("hundred", "thousand"):
+            current = max(current, 1) * _SCALES[word]
+            if word == "thousand":
+                total, current = total + current, 0
+        elif word != "and":
+            current += _TENS.get(word, 0) + _UNITS.get(word, 0) + (word in ("a", "an"))
+    return float(total + current)
+
+
+def parse_chinese(text: str) -> float | tuple[float, float]:
+    """Value of what `CHINESE_NUMBER` matched; two values for "三五百", three to five hundred."""
+    digits = re.match(_DIGITS, text)
+    if digits:
+        scale = {"": 1, "百": 100, "千": 1000, "万": 10_000}[text[digits.end() :]]
+        return float(digits.group().replace(",", "")) * scale
+    about = re.fullmatch(r"([一二两三四五六七八九])([二三四五六七八九])([十百千万])", text)
+    if about:
+        low, high, scale_char = about.groups()
+        scale = 10_000 if scale_char == "万" else _CHINESE_SCALES[scale_char]
+        return float(_CHINESE_DIGITS[low] * scale), float(_CHINESE_DIGITS[high] * scale)
+    ten_thousands, has_ten_thousands, rest = text.rpartition("万")
+    total = 10_000 * (_below_ten_thousand(ten_thousands) or 1) if has_ten_thousands else 0
+    if has_ten_thousands and len(rest) == 1 and rest in _CHINESE_DIGITS:
+        return float(total + 1000 * _CHINESE_DIGITS[rest])  # 一万二 is 12,000
+    return float(total + _below_ten_thousand(rest))
+
+
+def _below_ten_thousand(text: str) -> int:
+    total, digit, scale = 0, 0, 1
+    for char in text:
+        if char in _CHINESE_SCALES:
+            scale = _CHINESE_SCALES[char]
+            total += (digit or 1) * scale
+            digit = 0
+        else:
+            digit = _CHINESE_DIGITS[char]
+            if digit == 0:
+                scale = 10  # after a zero the last digit counts ones: 一千零五 is 1,005
+    return total + digit * max(1, scale // 10)  # 两千五 is 2,500, 八百五 is 850
