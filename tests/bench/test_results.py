@@ -53,3 +53,13 @@ def test_readme_shows_the_measured_steps(path: Path) -> None:
         for row in csv.DictReader(file):
             cells = (row["provider"], row["dtype"], row["median_step_s"], row["peak_gb"])
             assert f"| {' | '.join(cells)} |" in README
+
+
+def test_a_bf16_step_beats_trl_in_time_and_memory() -> None:
+    """Five times faster in 60% of the memory of TRL's faster setting."""
+    with (STEPS / "train_step_bf16.csv").open(newline="") as file:
+        rows = {row["provider"]: row for row in csv.DictReader(file)}
+    ours = rows.pop("lwz")
+    best = min(rows.values(), key=lambda row: float(row["median_step_s"]))
+    assert float(best["median_step_s"]) >= 5 * float(ours["median_step_s"])
+    assert float(ours["peak_gb"]) <= 0.6 * float(best["peak_gb"])
