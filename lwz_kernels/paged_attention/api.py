@@ -1,17 +1,16 @@
-"""The public contract of paged attention: documentation, checks, and the choice of `impl`."""
+"""The public contract of paged attention: documentation, and checks of shapes and dtypes."""
 
 import math
 
 import torch
 
-from lwz_kernels import native
-from lwz_kernels.dispatch import log_choice_once
 from lwz_kernels.paged_attention import reference
 from lwz_kernels.paged_attention.op import paged_attention_op, store_kv_op
+from lwz_kernels.paged_attention.ranges import check_pages, check_slots
 
 __all__ = ["paged_attention", "store_kv"]
 
-IMPLS = ("auto", "native", "torch", "reference")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def paged_attention(
@@ -31,27 +30,30 @@ def paged_attention(
     i % page_size. Inference only: there is no backward.
 
     Args:
-        q: [B, H, K] bf16 or fp32.
+        q: [B, H, K] bf16, fp16 or fp32.
         k_cache: [num_pages, page_size, J, K], dtype of q, contiguous; J divides H.
         v_cache: as k_cache.
         page_table: [B, max_pages] int32. Entries that no key below context_lens needs are not read.
         context_lens: [B] int32, number of keys including the current token; 0 gives zeros.
         softmax_scale: factor of the scores; None means 1 / sqrt(K).
-        impl: "native" (CPU library), "torch" (gathers the pages), "reference", or "auto": native
-            for CPU tensors where the library is available and K is a multiple of 8 up to 512,
-            else torch; logged once.
+        impl: "triton" (CUDA from sm_80 on, K up to 256, H / J up to 64, in fp32 up to 16), "native"
+            (CPU library, bf16 or fp32, K a multiple of 8 up to 512), "torch" (gathers the pages),
+            "reference", or "auto": triton for CUDA tensors and native for CPU tensors where they
+            apply, else torch; logged once.
 
     Returns:
         [B, H, K], dtype of q.
 
-    Numerics: fp32 accumulation, natural exponentials. "native" is deterministic, and a row's result
-        depends neither on the rest of the batch nor on the number of threads.
+    Numerics: fp32 accumulation. "native" and "triton" are deterministic, and a row's result depends
+        neither on the rest of the batch, nor on max_pages, nor on the number of threads. "triton"
+        launches the same work for the same shapes, whatever the contexts: it can be captured in a
+        CUDA graph.
 
     Raises:
         ValueError: shapes, devices, contiguity, unknown impl; on a CPU also pages or lengths that
             are out of range (on a GPU they are undefined behaviour).
         TypeError: dtypes.
-        NotImplementedError: impl="native" for GPU tensors or an unsupported head size.
+        NotImplementedError: impl="triton" or "native" where it does not apply.
         RuntimeError: impl="native" without the library, the message says why; tensors that require
             gradients while they are recorded.
 
@@ -70,19 +72,17 @@ def paged_attention(
     _check_caches(q, k_cache, v_cache, "q")
     _check_table(q, page_table, context_lens)
     num_heads, head_size = q.shape[1], q.shape[2]
-    if num_heads % k_cache.shape[2] != 0:
+    if k_cache.shape[2] == 0 or num_heads % k_cache.shape[2] != 0:
         raise ValueError(
             "paged_attention: the number of query heads must be a multiple of the number of KV "
             f"heads, got {num_heads} and {k_cache.shape[2]}"
         )
     scale = 1.0 / math.sqrt(head_size) if softmax_scale is None else softmax_scale
-    chosen = _choose("paged_attention", impl, q, head_size)
-    if chosen != "native" and q.device.type == "cpu":
-        _check_ranges(k_cache, page_table, context_lens)
-    tensors = (q.contiguous(), k_cache, v_cache, page_table.contiguous(), context_lens.contiguous())
-    if chosen == "reference":
+    tensors = (q, k_cache, v_cache, page_table, context_lens)
+    if impl == "reference":
+        check_pages(k_cache, page_table, context_lens)
         return reference.paged_attention(*tensors, softmax_scale=scale)
-    return paged_attention_op(*tensors, scale, chosen)
+    return paged_attention_op(*tensors, scale, impl)
 
 
 def store_kv(
@@ -105,7 +105,7 @@ def store_kv(
         k_cache: [num_pages, page_size, J, K], contiguous; changed in place.
         v_cache: as k_cache.
         slot_mapping: [T] int64; tokens with a negative slot are skipped.
-        impl: as in `paged_attention`. On a GPU, skipping synchronises the device.
+        impl: as in `paged_attention`. "torch" on a GPU synchronises the device.
 
     Raises: as `paged_attention`; no slot is written if one is out of range.
     """
@@ -127,50 +127,11 @@ def store_kv(
         )
     if slot_mapping.device != k.device:
         raise ValueError(f"store_kv: slot_mapping is on {slot_mapping.device}, expected {k.device}")
-    chosen = _choose("store_kv", impl, k, k.shape[2])
-    if chosen != "native" and k.device.type == "cpu" and slot_mapping.numel() > 0:
-        num_slots = k_cache.shape[0] * k_cache.shape[1]
-        if int(slot_mapping.max()) >= num_slots:
-            raise ValueError(
-                "slot_mapping is out of range: expected slot < num_pages * page_size = "
-                f"{num_slots}, got {int(slot_mapping.max())}"
-            )
-    tensors = (k.contiguous(), v.contiguous(), k_cache, v_cache, slot_mapping.contiguous())
-    if chosen == "reference":
-        reference.store_kv(*tensors)
+    if impl == "reference":
+        check_slots(k_cache, slot_mapping)
+        reference.store_kv(k, v, k_cache, v_cache, slot_mapping)
     else:
-        store_kv_op(*tensors, chosen)
-
-
-def _choose(op: str, impl: str, x: torch.Tensor, head_size: int) -> str:
-    """The implementation to run; raises where the one asked for by name cannot."""
-    if impl not in IMPLS:
-        raise ValueError(f"{op}: unknown impl {impl!r}, expected one of {', '.join(IMPLS)}")
-    if impl in ("torch", "reference"):
-        return impl
-    is_supported = x.device.type == "cpu" and native.supports_head_size(head_size)
-    if impl == "native":
-        if not is_supported:
-            raise NotImplementedError(
-                f"{op}: impl='native' needs CPU tensors and a head size that is a multiple of "
-                f"{native.HEAD_SIZE_STEP} up to {native.MAX_HEAD_SIZE}, got {head_size} on "
-                f"{x.device}"
-            )
-        if not native.is_available():
-            raise RuntimeError(
-                f"{op}: impl='native' is not available: {native.unavailable_reason()}"
-            )
-        return "native"
-    if not is_supported:
-        log_choice_once(
-            op, "torch", f"no native kernel for head size {head_size} on {x.device.type}"
-        )
-        return "torch"
-    if not native.is_available():
-        log_choice_once(op, "torch", native.unavailable_reason())
-        return "torch"
-    log_choice_once(op, "native", f"CPU tensors, {native.best_level()}")
-    return "native"
+        store_kv_op(k, v, k_cache, v_cache, slot_mapping, impl)
 
 
 def _check_no_grad(op: str, *tensors: torch.Tensor) -> None:
@@ -188,9 +149,9 @@ def _check_caches(x: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
         raise ValueError(
             f"head size of {name} is {x.shape[2]}, of the caches {k_cache.shape[3]}: expected equal"
         )
-    if x.dtype not in native.DTYPE_CODES or {k_cache.dtype, v_cache.dtype} != {x.dtype}:
+    if x.dtype not in DTYPES or {k_cache.dtype, v_cache.dtype} != {x.dtype}:
         raise TypeError(
-            f"expected {name} and caches of one dtype, bfloat16 or float32, "
+            f"expected {name} and caches of one dtype, bfloat16, float16 or float32, "
             f"got {x.dtype}, {k_cache.dtype}, {v_cache.dtype}"
         )
     if k_cache.device != x.device or v_cache.device != x.device:
@@ -217,24 +178,4 @@ def _check_table(q: torch.Tensor, page_table: torch.Tensor, context_lens: torch.
         raise ValueError(
             f"expected page_table and context_lens on {q.device}, "
             f"got {page_table.device} and {context_lens.device}"
-        )
-
-
-def _check_ranges(
-    k_cache: torch.Tensor, page_table: torch.Tensor, context_lens: torch.Tensor
-) -> None:
-    """What the native library checks for itself."""
-    num_pages, page_size = k_cache.shape[:2]
-    capacity = page_table.shape[1] * page_size
-    if bool(((context_lens < 0) | (context_lens > capacity)).any()):
-        raise ValueError(
-            "context_lens is out of range: expected 0 <= length <= max_pages * page_size = "
-            f"{capacity}, got {context_lens.tolist()}"
-        )
-    first_keys = torch.arange(page_table.shape[1]) * page_size
-    is_used = first_keys < context_lens[:, None]
-    if bool((is_used & ((page_table < 0) | (page_table >= num_pages))).any()):
-        raise ValueError(
-            "page_table names a page that is out of range: expected 0 <= page < num_pages = "
-            f"{num_pages}"
         )

@@ -1,6 +1,6 @@
-"""torch.library operators of paged attention: schema, implementations, fake kernels.
+"""torch.library operators of paged attention: schema, dispatch, fake kernels.
 
-Inference only: neither operator has a backward. `impl` is already decided here.
+Inference only: neither operator has a backward.
 Defined by schema rather than by `torch.library.custom_op`, whose wrapper costs more per call than
 the kernel does for a short context (measured for `store_kv`: 50 against 12 microseconds).
 """
@@ -9,6 +9,8 @@ import torch
 
 from lwz_kernels import native
 from lwz_kernels.paged_attention import gathered
+from lwz_kernels.paged_attention.choice import choose
+from lwz_kernels.paged_attention.ranges import check_pages, check_slots
 
 __all__ = ["paged_attention_op", "store_kv_op"]
 
@@ -36,8 +38,17 @@ def _paged_attention(
     softmax_scale: float,
     impl: str,
 ) -> torch.Tensor:
-    run = native.paged_attention if impl == "native" else gathered.paged_attention
-    return run(q, k_cache, v_cache, page_table, context_lens, softmax_scale=softmax_scale)
+    tables = (page_table.contiguous(), context_lens.contiguous())
+    chosen = choose("paged_attention", impl, q, q.shape[1] // k_cache.shape[2])
+    if chosen == "triton":
+        from lwz_kernels.paged_attention.kernels import paged_attention_triton
+
+        return paged_attention_triton(q, k_cache, v_cache, *tables, softmax_scale=softmax_scale)
+    q = q.contiguous()
+    if chosen == "native":
+        return native.paged_attention(q, k_cache, v_cache, *tables, softmax_scale=softmax_scale)
+    check_pages(k_cache, *tables)
+    return gathered.paged_attention(q, k_cache, v_cache, *tables, softmax_scale=softmax_scale)
 
 
 @torch.library.impl("lwz::store_kv", "default")
@@ -49,8 +60,17 @@ def _store_kv(
     slot_mapping: torch.Tensor,
     impl: str,
 ) -> None:
-    run = native.store_kv if impl == "native" else gathered.store_kv
-    run(k, v, k_cache, v_cache, slot_mapping)
+    slot_mapping = slot_mapping.contiguous()
+    chosen = choose("store_kv", impl, k)
+    if chosen == "triton":
+        from lwz_kernels.paged_attention.kernels import store_kv_triton
+
+        store_kv_triton(k, v, k_cache, v_cache, slot_mapping)
+    elif chosen == "native":
+        native.store_kv(k.contiguous(), v.contiguous(), k_cache, v_cache, slot_mapping)
+    else:
+        check_slots(k_cache, slot_mapping)
+        gathered.store_kv(k, v, k_cache, v_cache, slot_mapping)
 
 
 @torch.library.register_fake("lwz::paged_attention")
@@ -64,7 +84,7 @@ def _paged_attention_fake(
     impl: str,
 ) -> torch.Tensor:
     del k_cache, v_cache, page_table, context_lens, softmax_scale, impl
-    return torch.empty_like(q)
+    return q.new_empty(q.shape)
 
 
 @torch.library.register_fake("lwz::store_kv")

@@ -2,7 +2,6 @@
 
 import doctest
 import logging
-from typing import Any
 
 import pytest
 import torch
@@ -10,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lwz_kernels import dispatch, native
-from lwz_kernels.paged_attention import api, paged_attention, reference, store_kv
+from lwz_kernels.paged_attention import api, paged_attention, store_kv
 from lwz_kernels.paged_attention.op import paged_attention_op, store_kv_op
+from tests.kernels.paged_case import assert_as_good_as_reference, exact, make_problem
 
 needs_native = pytest.mark.skipif(
     not native.is_available(), reason=f"native library: {native.unavailable_reason()}"
@@ -20,97 +20,44 @@ LEVELS = native.levels() if native.is_available() else ()
 HEAD_SIZES = (8, 32, 40, 64, 80, 96, 112, 128, 256, 512)
 
 
-def _problem(
-    context_lens: list[int],
-    num_heads: int,
-    num_kv_heads: int,
-    head_size: int,
-    page_size: int,
-    dtype: torch.dtype,
-    *,
-    spread: float = 1.0,
-) -> dict[str, Any]:
-    """Pages in random order; whatever lies behind the contexts is NaN, unused entries are -1."""
-    batch = len(context_lens)
-    used = [-(-length // page_size) for length in context_lens]
-    num_pages = sum(used) + 2
-    shape = (num_pages, page_size, num_kv_heads, head_size)
-    k_cache = torch.full(shape, float("nan"), dtype=dtype)
-    v_cache = torch.full(shape, float("nan"), dtype=dtype)
-    page_table = torch.full((batch, max(used) + 1), -1, dtype=torch.int32)
-    free = torch.randperm(num_pages).tolist()
-    for b, length in enumerate(context_lens):
-        for i in range(used[b]):
-            page = page_table[b, i] = free.pop()
-            valid = min(page_size, length - i * page_size)
-            k_cache[page, :valid] = torch.randn(valid, num_kv_heads, head_size).to(dtype)
-            v_cache[page, :valid] = torch.randn(valid, num_kv_heads, head_size).to(dtype)
-    return {
-        "q": (spread * torch.randn(batch, num_heads, head_size)).to(dtype),
-        "k_cache": k_cache,
-        "v_cache": v_cache,
-        "page_table": page_table,
-        "context_lens": torch.tensor(context_lens, dtype=torch.int32),
-    }
-
-
-def _exact(problem: dict[str, Any]) -> torch.Tensor:
-    """The oracle in fp64 on the same numbers."""
-    wide = {name: x.double() if x.is_floating_point() else x for name, x in problem.items()}
-    return reference.paged_attention(**wide, softmax_scale=problem["q"].shape[2] ** -0.5)
-
-
-def _assert_as_good_as_reference(out: torch.Tensor, problem: dict[str, Any]) -> None:
-    """At most twice the error of plain torch in the same dtype, plus a floor.
-
-    The floor, 4.8e-7, is what another order of the fp32 sums costs (measured: at most 3.6e-7 where
-    plain torch has 1.8e-7); beside the rounding of a bf16 result it is nothing.
-    """
-    truth = _exact(problem)
-    eager = paged_attention(**problem, impl="reference")
-    floor = 4 * torch.finfo(torch.float32).eps
-    error = (out.double() - truth).abs().max().item()
-    assert error <= 2 * (eager.double() - truth).abs().max().item() + floor
-
-
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("level", LEVELS)
 def test_native_is_as_good_as_reference(level: str, dtype: torch.dtype, head_size: int) -> None:
     # Contexts around a vector (8), a block (64) and a chunk (256) of keys, and zero.
-    problem = _problem([0, 1, 7, 64, 65, 255, 256, 257, 530], 6, 2, head_size, 16, dtype)
+    problem = make_problem([0, 1, 7, 64, 65, 255, 256, 257, 530], 6, 2, head_size, 16, dtype)
     out = native.paged_attention(**problem, softmax_scale=head_size**-0.5, level=level)
-    _assert_as_good_as_reference(out, problem)
+    assert_as_good_as_reference(out, problem)
     assert torch.equal(out[0], torch.zeros_like(out[0]))
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 11, 16])
 @pytest.mark.parametrize("level", LEVELS)
 def test_native_handles_any_group(level: str, group: int) -> None:
-    problem = _problem([3, 100], 2 * group, 2, 64, 16, torch.bfloat16)
+    problem = make_problem([3, 100], 2 * group, 2, 64, 16, torch.bfloat16)
     out = native.paged_attention(**problem, softmax_scale=0.125, level=level)
-    _assert_as_good_as_reference(out, problem)
+    assert_as_good_as_reference(out, problem)
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 16, 100, 256])
 @pytest.mark.parametrize("impl", [pytest.param("native", marks=needs_native), "torch"])
 def test_paged_attention_handles_any_page_size(impl: str, page_size: int) -> None:
-    problem = _problem([1, 99, 300], 9, 3, 64, page_size, torch.float32)
-    _assert_as_good_as_reference(paged_attention(**problem, impl=impl), problem)
+    problem = make_problem([1, 99, 300], 9, 3, 64, page_size, torch.float32)
+    assert_as_good_as_reference(paged_attention(**problem, impl=impl), problem)
 
 
 @pytest.mark.parametrize("impl", [pytest.param("native", marks=needs_native), "torch"])
 def test_paged_attention_survives_large_scores(impl: str) -> None:
-    problem = _problem([400], 2, 1, 64, 16, torch.float32, spread=300.0)
+    problem = make_problem([400], 2, 1, 64, 16, torch.float32, spread=300.0)
     out = paged_attention(**problem, impl=impl)
     assert out.isfinite().all()
-    torch.testing.assert_close(out.double(), _exact(problem), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(out.double(), exact(problem), rtol=1e-3, atol=1e-3)
 
 
 @needs_native
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_native_shows_non_finite_keys(bad: float) -> None:
-    problem = _problem([70, 70], 2, 2, 64, 16, torch.float32)
+    problem = make_problem([70, 70], 2, 2, 64, 16, torch.float32)
     problem["k_cache"][problem["page_table"][0, 2], 5, 1, 3] = bad
     problem["q"][0, 1, 3] = 1.0
     out = paged_attention(**problem, impl="native")
@@ -122,7 +69,7 @@ def test_native_shows_non_finite_keys(bad: float) -> None:
 @needs_native
 def test_native_result_ignores_batch_and_threads() -> None:
     """Sampling log-probabilities must not depend on which requests run together."""
-    problem = _problem([700, 33, 1, 512], 9, 3, 64, 16, torch.float32)
+    problem = make_problem([700, 33, 1, 512], 9, 3, 64, 16, torch.float32)
     alone = {name: x if name.endswith("cache") else x[:1] for name, x in problem.items()}
     first = paged_attention(**alone, impl="native")
     for num_threads in (1, 2, 3):
@@ -148,15 +95,15 @@ def test_paged_attention_equals_reference_anywhere(
     head_size: int,
     page_size: int,
 ) -> None:
-    problem = _problem(
+    problem = make_problem(
         context_lens, group * num_kv_heads, num_kv_heads, head_size, page_size, torch.float32
     )
-    _assert_as_good_as_reference(paged_attention(**problem, impl=impl), problem)
+    assert_as_good_as_reference(paged_attention(**problem, impl=impl), problem)
 
 
 @pytest.mark.parametrize("impl", [pytest.param("native", marks=needs_native), "torch", "reference"])
 def test_softmax_scale_is_used(impl: str) -> None:
-    problem = _problem([20], 2, 2, 64, 16, torch.float32)
+    problem = make_problem([20], 2, 2, 64, 16, torch.float32)
     default = paged_attention(**problem, impl=impl)
     torch.testing.assert_close(
         default, paged_attention(**problem, softmax_scale=0.125, impl=impl), rtol=0, atol=1e-6
@@ -168,7 +115,7 @@ def test_softmax_scale_is_used(impl: str) -> None:
 @needs_native
 def test_native_takes_strided_queries() -> None:
     """q comes as a slice of the fused projection."""
-    problem = _problem([20, 5], 4, 2, 64, 16, torch.float32)
+    problem = make_problem([20, 5], 4, 2, 64, 16, torch.float32)
     expected = paged_attention(**problem, impl="native")
     fused = torch.zeros(2, 8, 64)
     fused[:, 2:6] = problem["q"]
@@ -237,10 +184,18 @@ def test_stored_keys_are_found_by_attention(impl: str) -> None:
 
 
 def test_auto_takes_torch_for_an_odd_head_size() -> None:
-    problem = _problem([20], 2, 1, 20, 16, torch.float32)
+    problem = make_problem([20], 2, 1, 20, 16, torch.float32)
     expected = paged_attention(**problem, impl="torch")
     assert torch.equal(paged_attention(**problem), expected)
     with pytest.raises(NotImplementedError, match="multiple of 8 up to 512, got 20"):
+        paged_attention(**problem, impl="native")
+
+
+def test_auto_takes_torch_for_fp16() -> None:
+    problem = make_problem([20], 2, 1, 64, 16, torch.float16)
+    out = paged_attention(**problem)
+    assert_as_good_as_reference(out, problem)
+    with pytest.raises(NotImplementedError, match="needs bfloat16 or float32, got"):
         paged_attention(**problem, impl="native")
 
 
@@ -249,7 +204,7 @@ def test_missing_library_is_reported_or_replaced(
 ) -> None:
     monkeypatch.setattr(native, "_load", lambda: (None, "no compiler on this machine"))
     dispatch._log.cache_clear()
-    problem = _problem([20], 2, 1, 64, 16, torch.float32)
+    problem = make_problem([20], 2, 1, 64, 16, torch.float32)
     expected = paged_attention(**problem, impl="torch")
     with caplog.at_level(logging.INFO, logger="lwz_kernels"):
         for _ in range(3):
@@ -264,7 +219,7 @@ def test_missing_library_is_reported_or_replaced(
 @needs_native
 def test_library_and_torch_share_one_openmp_runtime() -> None:
     torch.set_num_threads(2)
-    problem = _problem([600, 600], 2, 1, 64, 16, torch.float32)
+    problem = make_problem([600, 600], 2, 1, 64, 16, torch.float32)
     paged_attention(**problem, impl="native")
     with open("/proc/self/maps") as maps:
         runtimes = {line.split()[-1] for line in maps if "libgomp" in line or "libomp" in line}
@@ -272,8 +227,27 @@ def test_library_and_torch_share_one_openmp_runtime() -> None:
 
 
 @pytest.mark.parametrize("impl", [pytest.param("native", marks=needs_native), "torch"])
+def test_decoding_compiles_to_one_graph(impl: str) -> None:
+    """The in-place write is seen by the attention after it."""
+    problem = make_problem([20, 3], 4, 2, 64, 16, torch.float32)
+    del problem["k_cache"], problem["v_cache"]
+    k, v, caches = torch.randn(2, 2, 64), torch.randn(2, 2, 64), torch.randn(2, 5, 16, 2, 64)
+    slots = problem["page_table"][:, 0].long() * 16 + 2
+
+    def step(caches: torch.Tensor) -> torch.Tensor:
+        store_kv(k, v, caches[0], caches[1], slots, impl=impl)
+        return paged_attention(k_cache=caches[0], v_cache=caches[1], **problem, impl=impl)
+
+    before = caches.clone()
+    expected = step(caches)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(before), expected)
+    assert torch.equal(before, caches)
+
+
+@pytest.mark.parametrize("impl", [pytest.param("native", marks=needs_native), "torch"])
 def test_operators_pass_opcheck(impl: str) -> None:
-    problem = _problem([20, 3], 4, 2, 64, 16, torch.float32)
+    problem = make_problem([20, 3], 4, 2, 64, 16, torch.float32)
     torch.library.opcheck(paged_attention_op, (*problem.values(), 0.125, impl))
     k, v = torch.randn(2, 2, 64), torch.randn(2, 2, 64)
     caches = torch.zeros(2, 4, 16, 2, 64)
@@ -299,7 +273,7 @@ def _attention_case(**changes) -> dict:
         ({"v_cache": torch.zeros(3, 4, 1, 8)}, ValueError, "of one shape"),
         ({"q": torch.zeros(2, 4, 16)}, ValueError, "head size of q is 16, of the caches 8"),
         ({"q": torch.zeros(2, 3, 8)}, ValueError, "got 3 and 2"),
-        ({"q": torch.zeros(2, 4, 8).double()}, TypeError, "bfloat16 or float32"),
+        ({"q": torch.zeros(2, 4, 8).double()}, TypeError, "bfloat16, float16 or float32"),
         ({"q": torch.zeros(2, 4, 8).bfloat16()}, TypeError, "of one dtype"),
         ({"q": torch.zeros(2, 4, 8, device="meta")}, ValueError, "caches on meta as q"),
         ({"page_table": torch.zeros(2, 2).long()}, TypeError, "of dtype int32"),
