@@ -12,7 +12,33 @@ import torch
 
 from lwz_kernels import native
 
-__all__ = ["commit", "cpu_capability", "cpu_name", "cuda_driver", "quantiles", "write_csv"]
+__all__ = [
+    "MACHINE_COLUMNS",
+    "commit",
+    "cpu_capability",
+    "cpu_name",
+    "cuda_driver",
+    "machine",
+    "quantiles",
+    "write_csv",
+]
+
+MACHINE_COLUMNS = {
+    "cpu": ("device", "cpu_capability", "threads", "torch"),
+    "cuda": ("device", "driver", "cuda", "torch", "triton"),
+}
+
+
+def machine(device: str, threads: int) -> dict[str, Any]:
+    """What a row says of the machine, by MACHINE_COLUMNS of `device`, "cpu" or "cuda"."""
+    if device == "cpu":
+        values: tuple[Any, ...] = (cpu_name(), cpu_capability(), threads, torch.__version__)
+    else:
+        import triton
+
+        name, cuda = torch.cuda.get_device_name(), torch.version.cuda
+        values = (name, cuda_driver(), cuda, torch.__version__, triton.__version__)
+    return dict(zip(MACHINE_COLUMNS[device], values, strict=True))
 
 
 def cpu_name() -> str:
