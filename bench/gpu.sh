@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds, runs the GPU tests and then the loss head's benchmarks; all results go to a folder.
+# Builds, runs the GPU tests and then the benchmarks; all results go to a folder.
 #
 #   bench/gpu.sh OUT [WHEELS] [COMMIT]
 #
@@ -49,5 +49,8 @@ done
 if [ -f "$out/loss_head_gpu.csv" ]; then
   part table "${bench[@]}" --csv "$out/loss_head_gpu.csv" --table
 fi
+part decode python3 -m bench.paged_attention --device cuda "${commit[@]}" \
+  --csv "$out/paged_attention_gpu.csv"
+part rope python3 -m bench.qkv_rope --device cuda "${commit[@]}" --csv "$out/qkv_rope_gpu.csv"
 echo "== $failed part(s) failed"
 exit $((failed > 0))

@@ -1,4 +1,4 @@
-"""What each Triton kernel of the loss head takes of an A100, H100 and B200, without any of them.
+"""What each Triton kernel takes of an A100, H100 and B200, without any of them.
 
     python -m bench.triton_resources --csv bench/results/triton/resources.csv
 
@@ -18,6 +18,7 @@ import torch
 import triton
 
 from bench.report import write_csv
+from bench.triton_decode_variants import decode_variants
 from bench.triton_targets import CAPABILITIES, CompiledLaunch, compile_launches
 from lwz_kernels.linear_logprobs.kernels import linear_statistics
 from lwz_kernels.linear_policy_loss.config import PolicyLossConfig
@@ -64,8 +65,9 @@ def main() -> None:
 
 def _rows() -> Iterator[dict[str, Any]]:
     seen: set[tuple[str, int]] = set()
+    variants = {**_row_variants(), **_product_variants(), **decode_variants()}
     for capability in CAPABILITIES:
-        for variant, launch in {**_row_variants(), **_product_variants()}.items():
+        for variant, launch in variants.items():
             with compile_launches(capability) as launches:
                 launch()
             for compiled in launches:

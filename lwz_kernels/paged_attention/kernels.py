@@ -3,8 +3,8 @@
 A program of the first pass takes the keys of one split and one KV head, and all query heads of that
 KV head as the rows of one tile, so each key is read once. The second pass merges the splits of one
 row in order. Splits have one length whatever the batch: a row's bits depend on nothing but the row,
-and the grid follows from shapes alone, without a host synchronisation, so that a captured CUDA graph
-stays valid while contexts grow. Programs past a context's end leave at once.
+and the grid follows from shapes alone, without a host synchronisation, so that a captured CUDA
+graph stays valid while contexts grow. Programs past a context's end leave at once.
 Scores are in units of log 2, for exp2. fp32 sums (fp64 for fp64). Rows are addressed in 64 bits.
 """
 

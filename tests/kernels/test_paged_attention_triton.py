@@ -2,7 +2,7 @@
 
 tl.dot of bf16 is wrong in the interpreter, so its cases are fp32 and fp64. Interpreted splits are
 32 keys in blocks of 16, merged two at a time: sizes here are around multiples of these. Caches hold
-NaN wherever no key counts, and page tables -1. `test_triton_compile.py` has spills and shared memory.
+NaN wherever no key counts, and page tables -1. Spills and sizes are in `test_triton_compile.py`.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Every Triton kernel of the loss head, compiled as it is launched for GPUs that are not there.
+"""Triton kernels, compiled as they are launched for GPUs that are not there.
 
 The table in `bench/results/triton/resources.csv` is what the kernels take; it is compared with a
 fresh compile by the same version of Triton, and its limits hold for any version.
@@ -54,6 +54,11 @@ def test_kernels_compile_for_every_target(compiled: list[Row]) -> None:
         "policy_loss_rows_kernel",
         "merge_splits_kernel",
         PRODUCT,
+        "paged_attention_split_kernel",
+        "paged_attention_merge_kernel",
+        "store_kv_kernel",
+        "qkv_rope_fwd_kernel",
+        "qkv_rope_bwd_kernel",
     }
     targets = {f"sm_{capability}" for capability in CAPABILITIES}
     assert kernels == {(name, target) for name in names for target in targets}
@@ -92,6 +97,32 @@ def test_row_kernels_have_a_program_for_each_row_in_the_first_dimension(
     """The other two dimensions of a grid end at 65,535; the table compiles for 70,000 rows."""
     for kernel in ("row_statistics_kernel", "write_dlogits_kernel", "policy_loss_rows_kernel"):
         assert {row["grid"] for row in of(compiled, kernel)} == {"70000"}
+
+
+def test_decode_products_use_matrix_units_in_two_bytes_and_not_in_fp32(
+    compiled: list[Row],
+) -> None:
+    """A group below 64 queries is too short for wgmma; exact fp32 has no matrix instruction."""
+    rows = of(compiled, "paged_attention_split_kernel")
+    for row in rows:
+        assert (row["matrix_instruction"] == "") == ("fp32" in row["variant"]), row
+        assert row["async_copy"] == "cp.async", row
+    small = of(rows, "paged_attention_split_kernel", "bf16 H28")
+    assert {row["matrix_instruction"] for row in small} == {"mma.sync"}
+
+
+def test_decode_leaves_room_for_several_programs_of_a_multiprocessor(compiled: list[Row]) -> None:
+    """Loads of other programs run under the products of one: half of the memory is the limit."""
+    for row in of(compiled, "paged_attention_split_kernel", "bf16 H28"):
+        capability = int(row["target"].removeprefix("sm_"))
+        assert 2 * int(row["shared_bytes"]) <= SHARED_MEMORY_LIMIT[capability], row
+
+
+def test_token_kernels_have_a_program_for_each_token_in_the_first_dimension(
+    compiled: list[Row],
+) -> None:
+    for kernel in ("store_kv_kernel", "qkv_rope_fwd_kernel", "qkv_rope_bwd_kernel"):
+        assert {row["grid"].partition("x")[0] for row in of(compiled, kernel)} == {"70000"}
 
 
 def test_stores_of_bf16_over_fp32_wait_at_a_barrier(compiled: list[Row]) -> None:
