@@ -107,8 +107,7 @@ def _rows(shape: Shape, dtype: torch.dtype, device: str, seconds: float) -> list
     providers = _providers(problem, shape, device)
     _check(providers, problem)
     if device == "cuda":
-        providers = {name: captured(run) for name, run in providers.items()}
-        providers["copy"] = _copy(device)
+        providers = captured(providers) | {"copy": _copy(device)}
     times_ms = time_interleaved(providers, seconds, device)
     num_values = 2 * shape.batch * shape.context * shape.num_kv_heads * shape.head_size
     read_gb = num_values * dtype.itemsize / 1e9

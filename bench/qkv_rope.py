@@ -97,7 +97,7 @@ def _rows(problem: Problem, mode: str, seconds: float) -> list[dict[str, Any]]:
     runs = {name: _call(rotation, problem, mode) for name, rotation in _providers(problem).items()}
     _check(runs, problem, mode)
     if device == "cuda":
-        runs = {name: captured(run) for name, run in runs.items()}
+        runs = captured(runs)
     # Read and written once, in each direction.
     moved_gb = 2 * problem.qkv.nbytes * (2 if mode == "fwd_bwd" else 1) / 1e9
     rows = []

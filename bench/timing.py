@@ -14,17 +14,20 @@ WARM_UP_S = 0.5
 FLUSH_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 
 
-def captured(run: Run) -> Run:
-    """A replay of one call, which must have run before: whatever it compiles is compiled."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = run()
+def captured(runs: dict[str, Run]) -> dict[str, Run]:
+    """Replays of calls that have run before, so that whatever they compile is compiled.
 
-    def replay() -> Any:
-        graph.replay()
-        return outputs
-
-    return replay
+    The graphs share their memory: a replay overwrites what the others left.
+    """
+    torch.cuda.empty_cache()
+    pool = torch.cuda.graph_pool_handle()
+    replays: dict[str, Run] = {}
+    for name, run in runs.items():
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            run()
+        replays[name] = graph.replay
+    return replays
 
 
 def time_interleaved(runs: dict[str, Run], seconds: float, device: str) -> dict[str, list[float]]:

@@ -161,6 +161,16 @@ def test_operators_pass_opcheck_and_gradcheck(impl: str) -> None:
     torch.autograd.gradcheck(lambda x: qkv_rope_op(x, *arguments[1:]), qkv)
 
 
+def test_an_unused_output_adds_no_gradient() -> None:
+    case = make_case(3, (2, 1), 8)
+    gradients = []
+    for impl in ("torch", "reference"):
+        qkv = case["qkv"].clone().requires_grad_()
+        k = qkv_rope(**{**case, "qkv": qkv}, impl=impl)[1]
+        gradients.append(torch.autograd.grad(k.square().sum(), qkv)[0])
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("impl", ["auto", "torch"])
 def test_qkv_rope_compiles_to_one_graph(impl: str) -> None:
     case = make_case(5, (2, 1), 8)
