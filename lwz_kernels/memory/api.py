@@ -95,6 +95,10 @@ class PhaseMemory:
         self.close(force=error is not None)
 
     @property
+    def is_closed(self) -> bool:
+        return self._handle is None
+
+    @property
     def phase(self) -> str | None:
         """The phase of the last switch; None before the first one."""
         return self._phase

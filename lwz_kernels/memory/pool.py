@@ -15,6 +15,9 @@ from lwz_kernels.memory.region import Region
 
 __all__ = ["RegionPool"]
 
+# The library's bindings, seen from here: tensors of a pool do not keep its memory alive, this does.
+_open_pools: dict[int, "RegionPool"] = {}
+
 
 class RegionPool:
     """Serves PyTorch's CUDA allocations from a region that is mapped.
@@ -27,7 +30,7 @@ class RegionPool:
 
     Raises:
         ValueError: the region does not keep views, is not on a CUDA device, or the device has a
-            pool; or the caching allocator is set to expandable segments, which ignore pools.
+            pool; or the caching allocator is set to expandable segments.
 
     Example:
         pool = RegionPool(scratch)
@@ -43,8 +46,9 @@ class RegionPool:
         settings = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
         if "expandable_segments:true" in (settings or "").replace(" ", "").lower():
             raise ValueError(
-                "RegionPool: expandable segments bypass memory pools; remove expandable_segments "
-                f"from the allocator settings {settings!r}"
+                "RegionPool: not every torch release lets expandable segments and a pool with an "
+                "allocator of its own go together; remove expandable_segments from the allocator "
+                f"settings {settings!r}"
             )
         self.region = region
         self._device_index = region.memory.device.index
@@ -55,6 +59,7 @@ class RegionPool:
                 "bind_allocator", region.memory.native_handle(), region.index, self._device_index
             )
             region.pool = self
+            _open_pools[self._device_index] = self
 
     def mem_pool(self) -> torch.cuda.MemPool:
         """The pool, for `torch.cuda.graph(pool=….id)` and `torch.cuda.use_mem_pool`."""
@@ -84,13 +89,17 @@ class RegionPool:
         """Takes the region back. All tensors and graphs of the pool must be gone.
 
         Raises:
-            ValueError: segments are alive.
+            ValueError: segments are alive; the pool is still open then.
         """
         with self.region.memory.lock:
+            if self.region.pool is not self:
+                return
             self._mem_pool = None
-            library.call("unbind_allocator", self._device_index)
+            if not self.region.memory.is_closed:  # else the library has forgotten it
+                library.call("unbind_allocator", self._device_index)
             self._allocator = None
             self.region.pool = None
+            del _open_pools[self._device_index]
 
     def _stats(self) -> library.AllocatorStats:
         stats = library.AllocatorStats()

@@ -599,6 +599,38 @@ def test_threads_do_not_tear_the_table() -> None:
         assert stats.free_bytes == stats.physical_bytes <= 16 * PAGE
 
 
+def test_native_calls_from_threads_do_not_tear_the_table() -> None:
+    """Without Python's lock above it: the library has one of its own."""
+    with open_memory(8) as memory:
+        handle = memory.native_handle()
+        regions = [memory.reserve(str(i), 2 * PAGE) for i in range(4)]
+        failures: list[Exception] = []
+
+        def work(index: int) -> None:
+            give = (library.Move * 1)(library.Move(-1, 0, index, 0, 2))
+            take = (library.Move * 1)(library.Move(index, 0, -1, 0, 2))
+            try:
+                for _ in range(500):
+                    library.call("apply", handle, give, 1)
+                    library.call("apply", handle, take, 1)
+            except (ValueError, MemoryError, PhaseMemoryError) as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=work, args=(region.index,)) for region in regions]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures
+        stats = memory.stats()
+        assert (stats.num_mapped, stats.num_unmapped) == (4000, 4000)
+        assert (stats.mapped_bytes, stats.free_bytes) == (0, stats.num_created * PAGE)
+        for region in regions:
+            region.map()
+        tables = [page for region in regions for page in memory.page_table(region)]
+        assert sorted(tables) == list(range(8))
+
+
 def _use_in_child(memory: PhaseMemory, region: Region, address: int, results) -> None:
     for action in (region.map, memory.stats):
         try:

@@ -4,7 +4,9 @@ The fake driver keeps its "device memory" in host memory, so contents can be com
 """
 
 import ctypes
+import gc
 import subprocess
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -114,6 +116,8 @@ def test_fault_at_every_call_changes_nothing(driver: FakeDriver, name: str) -> N
             driver.fail(index)
             with pytest.raises(PhaseMemoryError, match=r"CUDA_ERROR_FAKE \(999\)"):
                 operation(memory)
+            is_left_current = clean_calls[index] == "cuCtxPopCurrent_v2"
+            assert driver.has_current_context == is_left_current
             assert snapshot(driver, memory) == before, clean_calls[index]
             operation(memory)
             assert snapshot(driver, memory) == after, clean_calls[index]
@@ -396,7 +400,7 @@ def test_pool_refuses_what_it_cannot_serve(
         with pytest.raises(ValueError, match="keeps_views=True"):
             RegionPool(memory.reserve("other", PAGE))
         monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-        with pytest.raises(ValueError, match="expandable segments bypass memory pools"):
+        with pytest.raises(ValueError, match="remove expandable_segments from"):
             RegionPool(region)
         monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
         pool = RegionPool(region)
@@ -418,5 +422,22 @@ def test_blocks_may_be_freed_after_a_forced_close(driver: FakeDriver) -> None:
     assert block is not None
     torch_functions.free(block)
     with pytest.raises(ValueError, match="no region is bound to device 0"):
-        pool.close()
+        pool.used_bytes  # noqa: B018
+    pool.close()
+    pool.close()  # does nothing
     driver.reset()
+    with open_memory(driver) as memory:  # the device may have a new pool
+        RegionPool(memory.reserve("scratch", PAGE, keeps_views=True)).close()
+
+
+def test_open_pool_keeps_a_forgotten_memory(driver: FakeDriver) -> None:
+    memory = open_memory(driver)
+    pool = RegionPool(memory.reserve("scratch", PAGE, keeps_views=True))
+    alive = weakref.ref(pool)
+    del memory, pool
+    gc.collect()
+    survivor = alive()
+    assert survivor is not None
+    assert driver.holdings["num_reservations"] == 1
+    survivor.close()
+    survivor.region.memory.close()
