@@ -5,7 +5,9 @@ import logging
 
 import torch
 
-__all__ = ["log_choice_once"]
+__all__ = ["impl_choices", "log_choice_once"]
+
+_choices: dict[str, list[str]] = {}
 
 
 def log_choice_once(op: str, impl: str, reason: str) -> None:
@@ -14,6 +16,14 @@ def log_choice_once(op: str, impl: str, reason: str) -> None:
         _log(op, impl, reason)
 
 
+def impl_choices() -> dict[str, tuple[str, ...]]:
+    """What `impl="auto"` has meant in this process, by operator: for a run's metadata."""
+    return {op: tuple(impls) for op, impls in _choices.items()}
+
+
 @functools.cache
 def _log(op: str, impl: str, reason: str) -> None:
+    impls = _choices.setdefault(op, [])
+    if impl not in impls:
+        impls.append(impl)
     logging.getLogger("lwz_kernels").info("%s: impl=%s (%s)", op, impl, reason)

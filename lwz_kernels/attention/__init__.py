@@ -1,6 +1,6 @@
-"""Causal attention over packed sequences, with prompts shared by the completions of a group."""
+"""Causal attention over segments of packed tokens, differentiable in its log-sum-exp."""
 
-from lwz_kernels.attention.api import attention
-from lwz_kernels.attention.plan import AttentionPlan
+from lwz_kernels.attention.api import attention, attention_bwd, attention_fwd, resolve_impl
+from lwz_kernels.attention.segments import SegmentTable
 
-__all__ = ["AttentionPlan", "attention"]
+__all__ = ["SegmentTable", "attention", "attention_bwd", "attention_fwd", "resolve_impl"]

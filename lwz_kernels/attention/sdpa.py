@@ -1,4 +1,4 @@
-"""Packed causal attention as one scaled_dot_product_attention call per sequence.
+"""Packs on a CPU: one call of torch's fused CPU kernel per sequence, which returns the lse as well.
 
 Sequences are taken apart with `split`, whose backward is one concatenation; slices would each add
 a zero-filled gradient of the whole pack.
@@ -9,84 +9,87 @@ needs no mask in memory. Their gradient is zero because their output is dropped.
 """
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
-from lwz_kernels.attention.plan import AttentionPlan
+from lwz_kernels.attention.segments import SegmentTable
 
-__all__ = ["attention"]
+__all__ = ["sdpa_attention"]
 
-# Padding beats masking on a CPU where the prefix is short and the skipped blocks are many
+# Padding beats masking where the prefix is short and the skipped blocks are many
 # (fp32 forward and backward, torch 2.13, one thread: prefix 100, length 1000: 282 against 368 ms;
 # prefix 200, length 300: 308 against 175 ms).
 PADDING_MIN_LENGTH_RATIO = 3
 PADDING_MIN_KEYS = 1024
-# Above this size the mask itself is the cost: the CPU kernel makes a float copy of it per call.
+# Above this size the mask itself is the cost.
 MAX_MASK_ELEMENTS = 2**24
 
 
-def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan, *, softmax_scale: float
-) -> torch.Tensor:
-    """Same contract as the public function, after its checks."""
-    lengths = list(plan.lengths)
+def sdpa_attention(
+    q: Tensor, k: Tensor, v: Tensor, table: SegmentTable, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """out [T, H, K] and lse [H, T]; only out is differentiable."""
+    assert table.pack is not None, "other tables were refused"
+    lengths, prefix_of = table.pack
     q_parts, k_parts, v_parts = (x.split(lengths) for x in (q, k, v))
-    prefixes = plan.prefix_of or [-1] * len(lengths)
-    outs = []
-    for i, prefix in enumerate(prefixes):
+    outs, lses = [], []
+    for i, prefix in enumerate(prefix_of):
         if lengths[i] == 0:
-            continue
-        if prefix < 0 or lengths[prefix] == 0:
-            out_THK = _causal(q_parts[i], k_parts[i], v_parts[i], softmax_scale)
-        else:
-            k_THK = torch.cat([k_parts[prefix], k_parts[i]])
-            v_THK = torch.cat([v_parts[prefix], v_parts[i]])
-            out_THK = _with_prefix(q_parts[i], k_THK, v_THK, plan, softmax_scale)
+            continue  # the kernel divides by it
+        keys, values = k_parts[i], v_parts[i]
+        if prefix >= 0:
+            keys = torch.cat((k_parts[prefix], keys))
+            values = torch.cat((v_parts[prefix], values))
+        out_THK, lse_HT = _sequence(q_parts[i], keys, values, table, softmax_scale)
         outs.append(out_THK)
-    return torch.cat(outs) if outs else torch.empty_like(q)
+        lses.append(lse_HT)
+    return torch.cat(outs), torch.cat(lses, 1)
 
 
-def _with_prefix(
-    q_THK: torch.Tensor, k_TJK: torch.Tensor, v_TJK: torch.Tensor, plan: AttentionPlan, scale: float
-) -> torch.Tensor:
+def _sequence(
+    q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor, table: SegmentTable, scale: float
+) -> tuple[Tensor, Tensor]:
     """Queries are the last of the keys' positions."""
-    q_len, prefix_len = q_THK.shape[0], k_TJK.shape[0] - q_THK.shape[0]
-    if not _is_padding_better(q_len, prefix_len, q_THK.device):
-        mask = plan.prefix_mask(q_len, prefix_len, q_THK.device)
-        return _sdpa(q_THK, k_TJK, v_TJK, scale, mask)
+    prefix_len = k_TJK.shape[0] - q_THK.shape[0]
+    if prefix_len == 0:
+        return _fused(q_THK, k_TJK, v_TJK, scale, None)
+    if not _is_padding_better(q_THK.shape[0], prefix_len):
+        mask = _mask(table, q_THK.shape[0], prefix_len, q_THK.dtype)
+        return _fused(q_THK, k_TJK, v_TJK, scale, mask)
     padding_THK = q_THK.new_zeros(prefix_len, *q_THK.shape[1:])
-    return _causal(torch.cat([padding_THK, q_THK]), k_TJK, v_TJK, scale)[prefix_len:]
+    out_THK, lse_HT = _fused(torch.cat((padding_THK, q_THK)), k_TJK, v_TJK, scale, None)
+    return out_THK[prefix_len:], lse_HT[:, prefix_len:]
 
 
-def _is_padding_better(q_len: int, prefix_len: int, device: torch.device) -> bool:
-    if device.type != "cpu":
-        return True  # fused GPU kernels take no mask
+def _is_padding_better(q_len: int, prefix_len: int) -> bool:
     num_keys = prefix_len + q_len
     if q_len * num_keys > MAX_MASK_ELEMENTS:
         return q_len >= prefix_len
     return num_keys >= PADDING_MIN_KEYS and q_len >= PADDING_MIN_LENGTH_RATIO * prefix_len
 
 
-def _causal(
-    q_THK: torch.Tensor, k_TJK: torch.Tensor, v_TJK: torch.Tensor, scale: float
-) -> torch.Tensor:
-    return _sdpa(q_THK, k_TJK, v_TJK, scale, None)
+def _mask(table: SegmentTable, q_len: int, prefix_len: int, dtype: torch.dtype) -> Tensor:
+    """[q_len, prefix_len + q_len] of 0, and −inf where query and key may not meet."""
+
+    def build() -> tuple[Tensor]:
+        hidden = torch.full((q_len, prefix_len + q_len), float("-inf"), dtype=dtype)
+        return (hidden.triu_(prefix_len + 1),)
+
+    return table.cached(("mask", q_len, prefix_len, dtype), build)[0]
 
 
-def _sdpa(
-    q_THK: torch.Tensor,
-    k_TJK: torch.Tensor,
-    v_TJK: torch.Tensor,
-    scale: float,
-    mask: torch.Tensor | None,
-) -> torch.Tensor:
-    """One sequence; causal where there is no mask."""
-    out_1HTK = F.scaled_dot_product_attention(
+def _fused(
+    q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor, scale: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One sequence; causal where there is no mask.
+
+    The operator behind `F.scaled_dot_product_attention` on a CPU, which has no public name for lse.
+    """
+    out_1HTK, lse_1HT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q_THK.transpose(0, 1)[None],
         k_TJK.transpose(0, 1)[None],
         v_TJK.transpose(0, 1)[None],
-        attn_mask=mask,
         is_causal=mask is None,
+        attn_mask=mask,
         scale=scale,
-        enable_gqa=q_THK.shape[1] != k_TJK.shape[1],
     )
-    return out_1HTK[0].transpose(0, 1)
+    return out_1HTK[0].transpose(0, 1), lse_1HT[0]

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lwz_kernels.segment_attention import SegmentTable
+from lwz_kernels.attention import SegmentTable
 from lwz_kernels.sequence_parallel.gather_kv import GatherPlan, gather_kv_attention
 from lwz_kernels.sequence_parallel.layout import SequenceLayout
 from lwz_kernels.sequence_parallel.ring import RingPlan, ring_attention
@@ -83,7 +83,7 @@ class SequenceParallel:
             softmax_scale: None means 1 / sqrt(K).
             window_size: number of keys that a query sees at most; None for all.
             need_lse: return lse; under `ulysses` and `two_d` it costs one more collective.
-            impl: of the local attention, as in `segment_attention`.
+            impl: of the local attention, as in `attention`.
 
         Returns:
             out [n, H, K], dtype of q, and lse [H, n] fp32 (fp64 for fp64) or None. Both are

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lwz_kernels.segment_attention import (
+from lwz_kernels.attention import (
     SegmentTable,
-    segment_attention_bwd,
-    segment_attention_fwd,
+    attention_bwd,
+    attention_fwd,
 )
 from lwz_kernels.sequence_parallel.communication import (
     PendingTensor,
@@ -81,7 +81,7 @@ def gather_kv_attention(
         k, v: [n, J, K]; J divides H.
         plan: of this rank in `group`.
         group: the ranks that exchange keys and values.
-        softmax_scale, window_size, impl: as in `segment_attention`.
+        softmax_scale, window_size, impl: as in `attention`.
 
     Returns:
         out [n, H, K] and lse [H, n] fp32 (fp64 for fp64); both differentiable.
@@ -116,7 +116,7 @@ class _GatherKv(torch.autograd.Function):
             k_T1K, v_T1K = plan.to_stream(pending.wait())
             if head + 1 < k.shape[1]:
                 pending = _start_gather(k, v, head + 1, group)
-            out_NHK[:, queries], lse_HN[queries] = segment_attention_fwd(
+            out_NHK[:, queries], lse_HN[queries] = attention_fwd(
                 q[:, queries], k_T1K, v_T1K, plan.table, **ctx.options
             )
         ctx.save_for_backward(q, k, v, out_NHK, lse_HN)
@@ -134,7 +134,7 @@ class _GatherKv(torch.autograd.Function):
             k_T1K, v_T1K = ctx.plan.to_stream(pending.wait())
             if head + 1 < k.shape[1]:
                 pending = _start_gather(k, v, head + 1, ctx.group)
-            dq_NHK, dk_T1K, dv_T1K = segment_attention_bwd(
+            dq_NHK, dk_T1K, dv_T1K = attention_bwd(
                 dout[:, queries],
                 q[:, queries],
                 k_T1K,

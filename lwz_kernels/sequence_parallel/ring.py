@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lwz_kernels.segment_attention import (
+from lwz_kernels.attention import (
     SegmentTable,
-    segment_attention_bwd,
-    segment_attention_fwd,
+    attention_bwd,
+    attention_fwd,
 )
 from lwz_kernels.sequence_parallel.communication import (
     PendingTensor,
@@ -90,7 +90,7 @@ def ring_attention(
         k, v: [n, J, K]; J divides H.
         plan: of this rank in `group`.
         group: P ranks.
-        softmax_scale, window_size, impl: as in `segment_attention`.
+        softmax_scale, window_size, impl: as in `attention`.
 
     Returns:
         out [n, H, K] and lse [H, n] fp32 (fp64 for fp64); both differentiable.
@@ -139,7 +139,7 @@ class _Ring(torch.autograd.Function):
         for hop, step in enumerate(steps):
             pending = start_ring_shift(kv_2NJK, group) if hop + 1 < len(steps) else None
             if not step.is_empty:
-                out_part, lse_part = segment_attention_fwd(
+                out_part, lse_part = attention_fwd(
                     q,
                     kv_2NJK[0],
                     kv_2NJK[1],
@@ -168,7 +168,7 @@ class _Ring(torch.autograd.Function):
             pending = start_ring_shift(kv_2NJK, ctx.group) if hop + 1 < len(ctx.steps) else None
             dkv_2NJK = kv_2NJK.new_zeros(kv_2NJK.shape, dtype=wide)
             if not step.is_empty:
-                dq_part, dkv_2NJK[0], dkv_2NJK[1] = segment_attention_bwd(
+                dq_part, dkv_2NJK[0], dkv_2NJK[1] = attention_bwd(
                     dout,
                     q,
                     kv_2NJK[0],

@@ -34,7 +34,7 @@ def two_d_attention(
         plan: of this rank in `kv_group`.
         ulysses_group: ranks that exchange heads, from `make_two_d_groups`.
         kv_group: ranks that exchange keys and values, from `make_two_d_groups`.
-        softmax_scale, window_size, impl: as in `segment_attention`.
+        softmax_scale, window_size, impl: as in `attention`.
         need_lse: also exchange lse, one more collective.
 
     Returns:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lwz_kernels.segment_attention import SegmentTable, segment_attention
+from lwz_kernels.attention import SegmentTable, attention
 from lwz_kernels.sequence_parallel.communication import all_to_all, transpose_ranks, wide_dtype
 
 __all__ = ["gather_heads", "scatter_heads", "ulysses_attention"]
@@ -38,7 +38,7 @@ def ulysses_attention(
         k, v: [n, J, K]; P divides J, or J divides P.
         table: the documents of the whole stream, `SegmentTable.from_cu_seqlens`.
         group: P ranks.
-        softmax_scale, window_size, impl: as in `segment_attention`.
+        softmax_scale, window_size, impl: as in `attention`.
         need_lse: also exchange lse, a third collective.
 
     Returns:
@@ -48,11 +48,11 @@ def ulysses_attention(
         ValueError: heads that do not divide.
     """
     q_THK, k_TJK, v_TJK = scatter_heads(q, k, v, group)
-    out_THK, lse_HT = segment_attention(
+    out_THK, lse_HT = attention(
         q_THK,
         k_TJK,
         v_TJK,
-        table,
+        segments=table,
         softmax_scale=softmax_scale,
         window_size=window_size,
         impl=impl,

@@ -17,10 +17,21 @@ class ModelSection:
             bf16 matrix instructions, fp32 elsewhere.
         checkpoint_layers: keep only each layer's input for the backward pass and compute the rest
             again; about a third more arithmetic for memory that no longer grows with depth.
-        attention: the implementation used in the update. "auto" takes the fastest that runs here.
+        attention: the implementation used in the update. "auto" takes the first of
+            these that runs here.
     """
 
     path: str = "smollm2-135m-instruct"
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     checkpoint_layers: bool = True
-    attention: Literal["auto", "sdpa", "varlen", "reference"] = "auto"
+    attention: Literal[
+        "auto",
+        "flash_attn_4",
+        "flash_attn_3",
+        "flash_attn_2",
+        "varlen",
+        "triton",
+        "sdpa",
+        "torch",
+        "reference",
+    ] = "auto"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lwz_kernels.attention import AttentionPlan, attention
+from lwz_kernels.attention import SegmentTable, attention
 from lwz_kernels.paged_attention import paged_attention, store_kv
 from lwz_trainer.rollout.kv_cache import PagedKVCache
 
@@ -16,12 +16,12 @@ class PrefillAttend:
     """Packed causal attention over whole prompts; their keys and values go into the cache."""
 
     cache: PagedKVCache
-    plan: AttentionPlan
+    plan: SegmentTable
     slots_T: Tensor
 
     def __call__(self, layer: int, q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor) -> Tensor:
         store_kv(k_TJK, v_TJK, *self.cache.layer(layer), self.slots_T)
-        return attention(q_THK, k_TJK, v_TJK, self.plan)
+        return attention(q_THK, k_TJK, v_TJK, segments=self.plan)[0]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lwz_kernels.attention import AttentionPlan
+from lwz_kernels.attention import SegmentTable
 from lwz_trainer.config.sections import RolloutConfig
 from lwz_trainer.errors import UserError
 from lwz_trainer.model.decoder import Decoder
@@ -222,7 +222,9 @@ class RolloutEngine:
                 torch.tensor(pages)[offsets // page_size] * page_size + offsets % page_size
             )
         positions = torch.cat([torch.arange(len(token_ids)) for token_ids, _ in pack])
-        attend = PrefillAttend(phase.cache, AttentionPlan(cu_seqlens), torch.cat(slots).to(device))
+        attend = PrefillAttend(
+            phase.cache, SegmentTable.from_cu_seqlens(cu_seqlens), torch.cat(slots).to(device)
+        )
         hidden_TD = self._model(torch.tensor(ids, device=device), positions.to(device), attend)
         return hidden_TD, cu_seqlens[1:]
 

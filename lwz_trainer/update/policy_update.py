@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lwz_kernels.attention import AttentionPlan, attention
+from lwz_kernels.attention import SegmentTable, attention
 from lwz_kernels.linear_logprobs import linear_logprobs
 from lwz_kernels.linear_policy_loss import linear_policy_loss
 from lwz_trainer.config.loss import LossConfig
@@ -44,12 +44,12 @@ MAXIMA = ("ratio_max", "logprob_diff_max")
 class PackedAttend:
     """Packed causal attention for the update."""
 
-    plan: AttentionPlan
+    plan: SegmentTable
     impl: str
 
     def __call__(self, layer: int, q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor) -> Tensor:
         del layer  # every layer attends alike; the engine's cache is what needs the number
-        return attention(q_THK, k_TJK, v_TJK, self.plan, impl=self.impl)
+        return attention(q_THK, k_TJK, v_TJK, segments=self.plan, impl=self.impl)[0]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class PolicyUpdate:
         self._attention_impl = attention_impl
         self._checkpoint_layers = checkpoint_layers
         shares = config.share_prompts
-        can_share = ranks.device.type == "cpu" or attention_impl in ("sdpa", "reference")
+        can_share = ranks.device.type == "cpu" or attention_impl in ("triton", "torch", "reference")
         self._share_prompts = can_share if shares is None else shares
 
     def run(
@@ -141,7 +141,7 @@ class PolicyUpdate:
         """Hidden states [R, D] of the positions that predict the completion tokens."""
         device = self._ranks.device
         attend = PackedAttend(
-            AttentionPlan(batch.cu_seqlens, batch.prefix_of), self._attention_impl
+            SegmentTable.from_cu_seqlens(batch.cu_seqlens, batch.prefix_of), self._attention_impl
         )
         hidden_TD = model(
             batch.input_ids_T.to(device),

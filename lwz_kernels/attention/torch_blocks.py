@@ -1,4 +1,4 @@
-"""segment_attention in plain torch, on any device: one segment and one block of queries at a time.
+"""attention in plain torch, on any device: one segment and one block of queries at a time.
 
 No Tq x Tk matrix is held, and keys and values are not repeated for the heads that share them.
 Products and sums are fp32 (fp64 for fp64); natural log; one order of sums, so deterministic.
@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lwz_kernels.segment_attention.segments import Segment
+from lwz_kernels.attention.segments import Segment
 
-__all__ = ["segment_attention_bwd_blocks", "segment_attention_fwd_blocks"]
+__all__ = ["attention_bwd_blocks", "attention_fwd_blocks"]
 
 # Scores of one block over all heads, in elements: 16 MiB in fp32.
 MAX_BLOCK_SCORES = 2**22
@@ -20,15 +20,28 @@ MAX_BLOCK_Q = 512
 
 
 class Block(NamedTuple):
-    """Queries that are worked on together, and the range of keys that any of them sees."""
+    """Queries that are worked on together, and the keys that any of them sees."""
 
     queries: slice
+    prefix: slice
     keys: slice
     last_key: int
-    """Offset within `keys` of the last key that the first query sees."""
+    """Place among the keys, those of the prefix first, of the last that the first query sees."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Its keys' rows of [Tk, ...]; a view where the block has no keys of a prefix."""
+        if self.prefix.start == self.prefix.stop:
+            return x[self.keys]
+        return torch.cat((x[self.prefix], x[self.keys]))
+
+    def scatter_add(self, x: Tensor, rows: Tensor) -> None:
+        """Adds to its keys' rows of x."""
+        num_prefix = self.prefix.stop - self.prefix.start
+        x[self.prefix] += rows[:num_prefix]
+        x[self.keys] += rows[num_prefix:]
 
 
-def segment_attention_fwd_blocks(
+def attention_fwd_blocks(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -42,7 +55,7 @@ def segment_attention_fwd_blocks(
     out_THK = q.new_zeros(q.shape)
     lse_HT = q.new_full((num_heads, num_tokens), float("-inf"), dtype=wide)
     for block in _blocks(segments, num_heads, window_size):
-        k_JTK, v_JTK = (x[block.keys].transpose(0, 1).to(wide) for x in (k, v))
+        k_JTK, v_JTK = (block.gather(x).transpose(0, 1).to(wide) for x in (k, v))
         q_JRK = _to_rows(q[block.queries], k.shape[1], wide)
         scores_JRT = _scores(q_JRK, k_JTK, block, softmax_scale, window_size)
         lse_JR = torch.logsumexp(scores_JRT, -1)
@@ -52,7 +65,7 @@ def segment_attention_fwd_blocks(
     return out_THK, lse_HT
 
 
-def segment_attention_bwd_blocks(
+def attention_bwd_blocks(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -72,18 +85,18 @@ def segment_attention_bwd_blocks(
     dq_THK = q.new_zeros(q.shape, dtype=wide)
     dk_TJK, dv_TJK = (x.new_zeros(x.shape, dtype=wide) for x in (k, v))
     for block in _blocks(segments, num_heads, window_size):
-        k_JTK, v_JTK = (x[block.keys].transpose(0, 1).to(wide) for x in (k, v))
+        k_JTK, v_JTK = (block.gather(x).transpose(0, 1).to(wide) for x in (k, v))
         q_JRK, dout_JRK = (_to_rows(x[block.queries], num_kv_heads, wide) for x in (q, dout))
         lse_JR1, delta_JR1 = (
             _to_rows(x[block.queries, :, None], num_kv_heads, wide) for x in (lse.t(), delta.t())
         )
         scores_JRT = _scores(q_JRK, k_JTK, block, softmax_scale, window_size)
         probs_JRT = scores_JRT.sub_(lse_JR1).exp_()
-        dv_TJK[block.keys] += (probs_JRT.transpose(1, 2) @ dout_JRK).transpose(0, 1)
+        block.scatter_add(dv_TJK, (probs_JRT.transpose(1, 2) @ dout_JRK).transpose(0, 1))
         dscores_JRT = (dout_JRK @ v_JTK.transpose(1, 2)).sub_(delta_JR1)
         dscores_JRT.mul_(probs_JRT).mul_(softmax_scale)
         dq_THK[block.queries] = _from_rows(dscores_JRT @ k_JTK, num_heads)
-        dk_TJK[block.keys] += (dscores_JRT.transpose(1, 2) @ q_JRK).transpose(0, 1)
+        block.scatter_add(dk_TJK, (dscores_JRT.transpose(1, 2) @ q_JRK).transpose(0, 1))
     return dq_THK, dk_TJK, dv_TJK
 
 
@@ -91,17 +104,25 @@ def _blocks(
     segments: Sequence[Segment], num_heads: int, window_size: int | None
 ) -> Iterator[Block]:
     """All blocks in which every query sees a key."""
-    for q_start, q_len, k_start, k_len in segments:
-        shift = k_len - q_len
-        visible = k_len if window_size is None else min(k_len, window_size + MAX_BLOCK_Q)
+    for row in segments:
+        num_keys = row.prefix_len + row.k_len
+        visible = num_keys if window_size is None else min(num_keys, window_size + MAX_BLOCK_Q)
         block_q = max(1, min(MAX_BLOCK_Q, MAX_BLOCK_SCORES // (num_heads * max(1, visible))))
-        for i in range(max(0, -shift), q_len, block_q):
-            end = min(i + block_q, q_len)
-            first_key = 0 if window_size is None else max(0, i + shift - window_size + 1)
+        for i in range(max(0, -row.shift), row.q_len, block_q):
+            end = min(i + block_q, row.q_len)
+            first_key = 0 if window_size is None else max(0, i + row.shift - window_size + 1)
+            end_key = end + row.shift
             yield Block(
-                queries=slice(q_start + i, q_start + end),
-                keys=slice(k_start + first_key, k_start + end + shift),
-                last_key=i + shift - first_key,
+                queries=slice(row.q_start + i, row.q_start + end),
+                prefix=slice(
+                    row.prefix_start + min(first_key, row.prefix_len),
+                    row.prefix_start + min(end_key, row.prefix_len),
+                ),
+                keys=slice(
+                    row.k_start + max(0, first_key - row.prefix_len),
+                    row.k_start + max(0, end_key - row.prefix_len),
+                ),
+                last_key=i + row.shift - first_key,
             )
 
 

@@ -1,16 +1,12 @@
-"""The Triton kernels of segment attention: interpreted without a GPU, compiled on one.
+"""The Triton kernels of attention: interpreted without a GPU, compiled on one.
 
 tl.dot of bf16 is wrong in the interpreter, so its cases are fp32 and fp64. Interpreted tiles are 16
 queries by 32 keys (dq: 32 by 16), so the sizes here are around multiples of both. What the
-interpreter cannot show (spills, shared memory, matrix instructions) is compiled in another process.
+interpreter cannot show (spills, shared memory, matrix instructions) is in test_triton_compile.
 """
 
-import json
 import os
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,16 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lwz_kernels.segment_attention import (
+from lwz_kernels.attention import (
     SegmentTable,
-    segment_attention_bwd,
-    segment_attention_fwd,
+    attention_bwd,
+    attention_fwd,
 )
-from lwz_kernels.segment_attention.op import run_segment_attention_bwd, run_segment_attention_fwd
-from lwz_kernels.segment_attention.tiles import key_tiles, query_tiles
+from lwz_kernels.attention.op import run_attention_bwd, run_attention_fwd
+from lwz_kernels.attention.segments import Segment
+from lwz_kernels.attention.tiles import key_tiles, query_tiles
+from tests.kernels.attention_case import segment_tables
 from tests.kernels.loss_case import assert_as_good_as_eager
 
-ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IS_INTERPRETED = DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 # NumPy warns where rows past a tile's end give −inf − (−inf) or 0 / 0, which is not stored.
@@ -52,6 +49,8 @@ TABLES = {
     "more_queries": SegmentTable([(0, 70, 40, 34), (70, 3, 4, 1)], 73, 74),
     "uncovered": SegmentTable([(40, 20, 50, 45), (1, 33, 2, 40)], 64, 130),
     "no_keys": SegmentTable([(0, 3, 2, 0)], 5, 2),
+    "prefixes": SegmentTable.from_cu_seqlens([0, 37, 80, 80, 113], [-1, 0, 0, 0]),
+    "prefix_behind": SegmentTable([(0, 40, 2, 20, 70, 33), (40, 3, 5, 60)], 43, 110),
     "no_tokens": SegmentTable([], 0, 0),
 }
 
@@ -72,11 +71,9 @@ def run(
     impl: str,
 ) -> tuple[Tensor, ...]:
     """out, lse, dq, dk, dv by the kernels or by torch, whatever the device."""
-    out, lse = run_segment_attention_fwd(*qkv, table, SCALE, window_size, impl)
+    out, lse = run_attention_fwd(*qkv, table, SCALE, window_size, impl)
     dtype = qkv[0].dtype
-    grads = run_segment_attention_bwd(
-        *gradients, *qkv, out, lse, table, SCALE, window_size, impl, dtype
-    )
+    grads = run_attention_bwd(*gradients, *qkv, out, lse, table, SCALE, window_size, impl, dtype)
     return out, lse, *grads
 
 
@@ -86,10 +83,10 @@ def assert_exact(
     """In fp64, against the oracle."""
     options: Any = {"softmax_scale": SCALE, "window_size": window_size, "impl": "reference"}
     qkv = make_case(table, heads, head_size, FP64)
-    out, lse = segment_attention_fwd(*qkv, table, **options)
+    out, lse = attention_fwd(*qkv, table, **options)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
     dlse = dlse.masked_fill(lse == -torch.inf, torch.nan)
-    expected = segment_attention_bwd(dout, *qkv, out, lse, table, dlse=dlse, **options)
+    expected = attention_bwd(dout, *qkv, out, lse, table, dlse=dlse, **options)
     ours = run(qkv, table, (dout, dlse), window_size, "triton")
     for mine, truth in zip(ours, (out, lse, *expected), strict=True):
         torch.testing.assert_close(mine, truth, rtol=1e-11, atol=1e-11)
@@ -113,22 +110,14 @@ class TestInterpreted:
     @settings(max_examples=15, deadline=None)
     @given(st.data())
     def test_kernels_take_any_table(self, data: st.DataObject) -> None:
-        num_k = data.draw(st.integers(0, 70))
-        segments, num_q = [], 0
-        for _ in range(data.draw(st.integers(0, 3))):
-            q_start = num_q + data.draw(st.integers(0, 2))
-            q_len = data.draw(st.integers(0, 40))
-            k_start = data.draw(st.integers(0, num_k))
-            segments.append((q_start, q_len, k_start, data.draw(st.integers(0, num_k - k_start))))
-            num_q = q_start + q_len
-        segments = data.draw(st.permutations(segments))
+        tables = segment_tables(max_keys=70, max_queries=40, max_segments=3)
         window_size = data.draw(st.none() | st.integers(1, 50))
-        assert_exact(SegmentTable(segments, num_q + 1, num_k), (2, 1), 4, window_size)
+        assert_exact(data.draw(tables), (2, 1), 4, window_size)
 
     def test_kernels_in_fp32_are_as_good_as_eager(self) -> None:
         table = TABLES["more_keys"]
         qkv = make_case(table, (4, 2), 32, FP32)
-        out, _ = run_segment_attention_fwd(*qkv, table, SCALE, None, "torch")
+        out, _ = run_attention_fwd(*qkv, table, SCALE, None, "torch")
         gradients = torch.randn_like(out), torch.randn(4, table.num_q)
         ours = run(qkv, table, gradients, None, "triton")
         eager = run(qkv, table, gradients, None, "torch")
@@ -158,13 +147,11 @@ class TestInterpreted:
         halves = [SegmentTable([(i, 1, 0, 30) for i in range(5)], 5, 60)]
         halves.append(SegmentTable([(0, 5, 30, 30)], 5, 60))
         qkv = make_case(whole, (2, 1), 8, FP64)
-        out, lse = run_segment_attention_fwd(*qkv, whole, SCALE, None, "triton")
+        out, lse = run_attention_fwd(*qkv, whole, SCALE, None, "triton")
         dout, dlse = torch.randn_like(out), torch.randn_like(lse)
         expected = run(qkv, whole, (dout, dlse), None, "torch")[2:]
         parts = [
-            run_segment_attention_bwd(
-                dout, dlse, *qkv, out, lse, table, SCALE, None, "triton", FP64
-            )
+            run_attention_bwd(dout, dlse, *qkv, out, lse, table, SCALE, None, "triton", FP64)
             for table in halves
         ]
         for first, second, truth in zip(*parts, expected, strict=True):
@@ -173,13 +160,11 @@ class TestInterpreted:
     def test_bwd_of_an_infinite_lse_is_zero(self) -> None:
         table = TABLES["single_tokens"]
         qkv = make_case(table, (2, 1), 8, FP64)
-        out, lse = run_segment_attention_fwd(*qkv, table, SCALE, None, "triton")
+        out, lse = run_attention_fwd(*qkv, table, SCALE, None, "triton")
         lse[:, 1] = -torch.inf
         dlse = torch.full_like(lse, torch.nan)
         dlse[:, [0, 2]] = 1.0
-        grads = run_segment_attention_bwd(
-            out, dlse, *qkv, out, lse, table, SCALE, None, "triton", FP32
-        )
+        grads = run_attention_bwd(out, dlse, *qkv, out, lse, table, SCALE, None, "triton", FP32)
         for gradient in grads:
             assert gradient.dtype == FP32
             assert gradient.isfinite().all()
@@ -189,34 +174,35 @@ class TestInterpreted:
 # Tiles
 
 
+def keys_of(row: Segment) -> list[int]:
+    prefix = range(row.prefix_start, row.prefix_start + row.prefix_len)
+    return [*prefix, *range(row.k_start, row.k_start + row.k_len)]
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_tiles_cover_every_visible_pair_once(data: st.DataObject) -> None:
     """Both cuts against the definition; whole blocks of a query range are seen whole."""
-    num_k, block_k, block_q = 40, data.draw(st.sampled_from([4, 8])), 4
-    segments, q_start = [], 0
-    for _ in range(data.draw(st.integers(0, 4))):
-        q_len, k_start = data.draw(st.integers(0, 15)), data.draw(st.integers(0, num_k))
-        segments.append((q_start, q_len, k_start, data.draw(st.integers(0, num_k - k_start))))
-        q_start += q_len
+    block_k, block_q = data.draw(st.sampled_from([4, 8])), 4
+    table = data.draw(segment_tables(max_keys=40, max_queries=15, max_segments=4))
     window = data.draw(st.none() | st.integers(1, 12))
     pairs = sorted(
-        (q_start + i, k_start + j)
-        for q_start, q_len, k_start, k_len in segments
-        for i in range(q_len)
-        for j in range(k_len)
-        if j <= i + k_len - q_len and (window is None or j > i + k_len - q_len - window)
+        (row.q_start + i, key)
+        for row in table.segments
+        for i in range(row.q_len)
+        for j, key in enumerate(keys_of(row))
+        if j <= i + row.shift and (window is None or j > i + row.shift - window)
     )
     by_query = [
-        (tile.q_start + i, tile.k_start + j)
-        for tile in query_tiles(segments, block_q, window)
+        (tile.q_start + i, tile.k_start + j + (tile.prefix_jump if j < tile.prefix_len else 0))
+        for tile in query_tiles(table.segments, block_q, window)
         for i in range(tile.num_q)
         for j in range(tile.last_key + i + 1)
         if window is None or j > tile.last_key + i - window
     ]
     assert sorted(by_query) == pairs
-    tiles, ranges = key_tiles(segments, num_k, block_k, block_q, window)
-    assert sorted(tile.k_start for tile in tiles) == [*range(0, num_k, block_k)]
+    tiles, ranges = key_tiles(table.segments, table.num_k, block_k, block_q, window)
+    assert sorted(tile.k_start for tile in tiles) == [*range(0, table.num_k, block_k)]
     by_key = []
     for tile in tiles:
         for r in ranges[tile.first_range : tile.end_range]:
@@ -227,7 +213,7 @@ def test_tiles_cover_every_visible_pair_once(data: st.DataObject) -> None:
                 last = i + r.last_column_offset
                 seen = [
                     c
-                    for c in range(r.first_column, min(block_k, last + 1))
+                    for c in range(r.first_column, min(r.end_column, last + 1))
                     if window is None or c > last - window
                 ]
                 assert len(seen) == block_k or not r.full_start <= i < r.full_end
@@ -236,7 +222,7 @@ def test_tiles_cover_every_visible_pair_once(data: st.DataObject) -> None:
 
 
 def test_tiles_with_most_work_come_first() -> None:
-    segments = [(0, 10, 0, 10), (10, 50, 10, 50), (60, 30, 60, 30)]
+    segments = SegmentTable.from_cu_seqlens([0, 10, 60, 90]).segments
     ends = [tile.last_key + tile.num_q for tile in query_tiles(segments, 16, None)]
     assert ends == sorted(ends, reverse=True)
     tiles, ranges = key_tiles(segments, 90, 16, 16, None)
@@ -248,78 +234,10 @@ def test_tiles_with_most_work_come_first() -> None:
     assert work[0] > work[-1] > 0
 
 
-def test_tiles_are_made_once_for_each_table() -> None:
+def test_what_is_derived_from_a_table_is_made_once() -> None:
     table = SegmentTable.from_cu_seqlens([0, 4])
-    calls: list[int] = []
-
-    def build() -> list[list[list[int]]]:
-        calls.append(1)
-        return [[[1, 2]]]
-
-    first = table.tensors_on(torch.device("cpu"), ("key",), build)
-    assert table.tensors_on(torch.device("cpu"), ("key",), build) is first
-    assert (first[0].tolist(), first[0].dtype, len(calls)) == ([[1, 2]], torch.int32, 1)
-
-
-# Compiled for GPUs that are not there
-
-COMPILE = """
-import json
-import torch
-from bench.triton_targets import CAPABILITIES, SHARED_MEMORY_LIMIT, compile_launches
-from lwz_kernels.segment_attention import SegmentTable
-from lwz_kernels.segment_attention.kernels import (
-    segment_attention_bwd_triton,
-    segment_attention_fwd_triton,
-)
-
-table = SegmentTable.from_cu_seqlens([0, 1000, 4096])
-rows = []
-for capability in CAPABILITIES:
-    for head_size, window_size in ((128, None), (64, 1024)):
-        shapes = [(4096, heads, head_size) for heads in (28, 4, 4)]
-        qkv = [torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes]
-        lse = torch.empty(28, 4096, device="meta")
-        with compile_launches(capability) as launches:
-            segment_attention_fwd_triton(*qkv, table, 0.1, window_size)
-            segment_attention_bwd_triton(
-                qkv[0], *qkv, lse, lse, table, 0.1, window_size, torch.float32
-            )
-        for launch in launches:
-            rows.append({
-                "kernel": launch.kernel,
-                "capability": capability,
-                "head_size": head_size,
-                "stack": launch.resource_usage()["STACK"],
-                "fits": launch.shared_bytes <= SHARED_MEMORY_LIMIT[capability],
-                "matrix_instruction": launch.matrix_instruction,
-                "uses_fp64": launch.uses_fp64,
-            })
-print(json.dumps(rows))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_kernels_compile_for_every_target_without_spills() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env=environment,
-    )
-    assert result.returncode == 0, result.stderr
-    rows = json.loads(result.stdout)
-    instructions = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-    assert len(rows) == 18
-    for row in rows:
-        assert row["stack"] == 0, row
-        assert row["fits"], row
-        assert not row["uses_fp64"], row
-        assert row["matrix_instruction"] == instructions[row["capability"]], row
+    first = table.cached(("key",), lambda: (torch.zeros(1),))
+    assert table.cached(("key",), lambda: (torch.ones(1),)) is first
 
 
 @pytest.mark.gpu
@@ -328,7 +246,8 @@ def test_kernels_compile_for_every_target_without_spills() -> None:
 def test_kernels_in_bf16_are_as_good_as_eager_and_deterministic(
     head_size: int, window_size: int | None
 ) -> None:
-    table = SegmentTable([(0, 900, 100, 1500), (900, 1, 7, 1), (1000, 700, 0, 300)], 1800, 1700)
+    segments = [(0, 900, 100, 1500), (900, 1, 7, 1), (1000, 700, 500, 300, 0, 200)]
+    table = SegmentTable(segments, 1800, 1700)
     qkv = make_case(table, (8, 2), head_size, torch.bfloat16)
     q, k, v = (x.double() for x in qkv)
     dout = torch.randn(q.shape, device=DEVICE).bfloat16()
