@@ -20,6 +20,8 @@ import triton
 from bench.report import write_csv
 from bench.triton_decode_variants import decode_variants
 from bench.triton_targets import CAPABILITIES, CompiledLaunch, compile_launches
+from lwz_kernels.attention import SegmentTable
+from lwz_kernels.attention.launch import attention_bwd_triton, attention_fwd_triton
 from lwz_kernels.linear_logprobs.kernels import linear_statistics
 from lwz_kernels.linear_policy_loss.config import PolicyLossConfig
 from lwz_kernels.linear_policy_loss.kernels import policy_loss_rows
@@ -49,6 +51,8 @@ ROWS, TOKENS, DEPTH = 70_000, 16_384, 3584
 # Rows on 16-byte boundaries and not: GPT-2's odd vocabulary gets loads by the element.
 ALIGNED_VOCAB, ODD_VOCAB = 152_064, 50_257
 CAP = 30.0
+# Heads of Qwen2.5-7B; a prompt of 1,000 tokens and one completion.
+HEADS, KV_HEADS, OFFSETS = 28, 4, (0, 1000, TOKENS)
 BF16, FP32 = torch.bfloat16, torch.float32
 
 Variants = dict[str, Callable[[], object]]
@@ -65,8 +69,13 @@ def main() -> None:
 
 def _rows() -> Iterator[dict[str, Any]]:
     seen: set[tuple[str, int]] = set()
-    variants = {**_row_variants(), **_product_variants(), **decode_variants()}
     for capability in CAPABILITIES:
+        variants = {
+            **_row_variants(),
+            **_product_variants(),
+            **decode_variants(),
+            **_attention_variants(),
+        }
         for variant, launch in variants.items():
             with compile_launches(capability) as launches:
                 launch()
@@ -140,6 +149,16 @@ def _product_variants() -> Variants:
     }
 
 
+def _attention_variants() -> Variants:
+    """Forward, dK/dV and dQ; gradients in bf16 as autograd asks for them, or fp32 to be summed."""
+    return {
+        "K=64": lambda: _attention(64),
+        "K=128": lambda: _attention(128),
+        "K=128 + window + to fp32": lambda: _attention(128, window_size=1024, grad_dtype=FP32),
+        "K=128 + prefixes": lambda: _attention(128, prefix_of=(-1, 0)),
+    }
+
+
 def _statistics(vocab_size: int, softcap: float | None) -> None:
     row_statistics(
         _meta(ROWS, vocab_size), _labels(ROWS), _meta(ROWS), logit_scale=1.0, softcap=softcap
@@ -195,6 +214,21 @@ def _product(
         logit_scale=1.0,
         softcap=softcap,
     )
+
+
+def _attention(
+    head_size: int,
+    *,
+    prefix_of: tuple[int, ...] | None = None,
+    window_size: int | None = None,
+    grad_dtype: torch.dtype = BF16,
+) -> None:
+    table = SegmentTable.from_cu_seqlens(OFFSETS, prefix_of)
+    q, k, v = (_meta(TOKENS, n, head_size, dtype=BF16) for n in (HEADS, KV_HEADS, KV_HEADS))
+    scale = head_size**-0.5
+    attention_fwd_triton(q, k, v, table, scale, window_size)
+    lse = _meta(HEADS, TOKENS)
+    attention_bwd_triton(q, q, k, v, lse, lse, table, scale, window_size, grad_dtype)
 
 
 def _meta(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:

@@ -84,7 +84,11 @@ class HuggingFaceAttention:
         mask = attention_mask or PackedMask(_rows(batch_size, q_len, key.shape[2]), None)
         window_size = sliding_window if mask.window_size is None else mask.window_size
         q_THK, k_TJK, v_TJK = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-        options = {"softmax_scale": scaling, "window_size": window_size, "impl": self.impl}
+        options: dict[str, Any] = {
+            "softmax_scale": scaling,
+            "window_size": window_size,
+            "impl": self.impl,
+        }
         if sequence_parallel is None:
             out_THK, _ = attention(q_THK, k_TJK, v_TJK, segments=mask.table, **options)
         else:

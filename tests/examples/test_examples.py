@@ -475,3 +475,15 @@ def test_trl_grpo_main_trains_two_steps(capsys: pytest.CaptureFixture) -> None:
     assert len(logged) == 2
     assert "'kl': '0'" in logged[0]  # the first step starts at the reference policy
     assert "'kl': '0'" not in logged[1]
+
+
+# ---- transformers_sequence_parallel.py
+
+
+@pytest.mark.dist
+def test_sharded_step_equals_the_step_of_one_process() -> None:
+    result = example("transformers_sequence_parallel").compare()
+    assert result.loss == pytest.approx(result.loss_alone, rel=1e-6)
+    assert result.largest_gradient > 1e-3
+    assert result.largest_gradient_difference < 1e-5 * result.largest_gradient
+    assert result.attention_calls == 3

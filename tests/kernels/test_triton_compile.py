@@ -1,4 +1,4 @@
-"""Triton kernels, compiled as they are launched for GPUs that are not there.
+"""Every Triton kernel, compiled as it is launched for GPUs that are not there.
 
 The table in `bench/results/triton/resources.csv` is what the kernels take; it is compared with a
 fresh compile by the same version of Triton, and its limits hold for any version.
@@ -17,7 +17,9 @@ from tests.trainer.train_case import ROOT
 
 TABLE = ROOT / "bench" / "results" / "triton" / "resources.csv"
 PRODUCT = "linear_logprobs_fwd_kernel"
-# About a minute of compiling, all of it in the first test that asks for it.
+ATTENTION = ("attention_fwd_kernel", "attention_bwd_dkv_kernel", "attention_bwd_dq_kernel")
+MATRIX_UNITS = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
+# A few minutes of compiling, all of it in the first test that asks for it.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 Row = dict[str, str]
@@ -59,6 +61,7 @@ def test_kernels_compile_for_every_target(compiled: list[Row]) -> None:
         "store_kv_kernel",
         "qkv_rope_fwd_kernel",
         "qkv_rope_bwd_kernel",
+        *ATTENTION,
     }
     targets = {f"sm_{capability}" for capability in CAPABILITIES}
     assert kernels == {(name, target) for name in names for target in targets}
@@ -78,9 +81,16 @@ def test_kernels_hold_no_double_precision(compiled: list[Row]) -> None:
 
 
 def test_bf16_product_uses_the_matrix_units_of_its_target(compiled: list[Row]) -> None:
-    expected = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
     for row in of(compiled, PRODUCT, "bf16"):
-        assert row["matrix_instruction"] == expected[row["target"]], row
+        assert row["matrix_instruction"] == MATRIX_UNITS[row["target"]], row
+
+
+@pytest.mark.parametrize("kernel", ATTENTION)
+def test_attention_uses_the_matrix_units_of_its_target(compiled: list[Row], kernel: str) -> None:
+    """At both head sizes, with a window, and where keys are rows of two ranges."""
+    for variant in ("K=64", "K=128", "window", "prefixes"):
+        for row in of(compiled, kernel, variant):
+            assert row["matrix_instruction"] == MATRIX_UNITS[row["target"]], row
 
 
 def test_bf16_product_loads_ahead(compiled: list[Row]) -> None:
