@@ -73,7 +73,8 @@ def _obstacle(impl: str, q: Tensor, table: SegmentTable, window_size: int | None
             return f"needs CPU tensors, got {q.device.type}"
         if table.pack is None or table.num_q == 0:
             return "needs a pack of whole sequences"
-        if window_size is not None and window_size < max(table.pack.lengths, default=0):
+        longest = max(row.prefix_len + row.k_len for row in table.segments)
+        if window_size is not None and window_size < longest:
             return "knows no windows"
         return ""
     if not q.is_cuda:
@@ -89,7 +90,7 @@ def _obstacle(impl: str, q: Tensor, table: SegmentTable, window_size: int | None
     if not is_installed(impl):
         return "is not installed"
     if q.shape[2] > LIBRARY_MAX_HEAD_SIZE or q.shape[2] % 8:
-        return f"needs a head size in multiples of 8 up to 256, got {q.shape[2]}"
+        return f"needs a head size in eights up to {LIBRARY_MAX_HEAD_SIZE}, got {q.shape[2]}"
     if table.pack is None:
         return "needs a pack of whole sequences"
     return "knows no prefixes" if table.pack.has_prefixes else ""

@@ -68,7 +68,8 @@ class HuggingFaceAttention:
         """
         if is_causal is None:
             is_causal = getattr(module, "is_causal", True)
-        refused = [name for name in UNSUPPORTED if kwargs.get(name) not in (None, False)]
+        given = {name: kwargs.get(name) for name in UNSUPPORTED}
+        refused = [name for name, x in given.items() if x is not None and x is not False]
         if dropout or not is_causal or refused:
             raise NotImplementedError(
                 f"{self.name}: expected causal attention without dropout, got dropout={dropout}, "

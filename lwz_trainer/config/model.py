@@ -26,8 +26,8 @@ class ModelSection:
     checkpoint_layers: bool = True
     attention: Literal[
         "auto",
-        "flash_attn_4",
         "flash_attn_3",
+        "flash_attn_4",
         "flash_attn_2",
         "varlen",
         "triton",

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lwz_kernels.integrations.huggingface import register_attention
+
 transformers = pytest.importorskip("transformers")
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -487,3 +489,20 @@ def test_sharded_step_equals_the_step_of_one_process() -> None:
     assert result.largest_gradient > 1e-3
     assert result.largest_gradient_difference < 1e-5 * result.largest_gradient
     assert result.attention_calls == 3
+
+
+def test_trl_trains_with_the_registered_attention(tiny_llama: str, tmp_path: Path) -> None:
+    """What docs/ops/attention.md says of TRL; its batches are padded on both sides."""
+    trl = pytest.importorskip("trl", minversion="1.16")
+    lwz = register_attention()
+    stock = new_trainer(trl.GRPOTrainer, tiny_llama, tmp_path)
+    ours = new_trainer(
+        trl.GRPOTrainer, tiny_llama, tmp_path, model_init_kwargs={"attn_implementation": "lwz"}
+    )
+    inputs = loss_inputs(stock)
+    lwz.calls = 0
+    expected = stock._compute_loss(stock.model, inputs)
+    assert lwz.calls == 0
+    found = ours._compute_loss(ours.model, inputs)
+    lwz.check_calls(ours.model.config.num_hidden_layers)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

@@ -283,7 +283,7 @@ def test_auto_takes_the_first_that_applies(
         ("varlen", {"dtype": FP32}, PACK, "needs bfloat16 or float16, got torch.float32"),
         ("varlen", {}, PREFIXED, "knows no prefixes"),
         ("varlen", {}, LOOSE, "needs a pack of whole sequences"),
-        ("varlen", {"shape": (3, 2, 20)}, PACK, "multiples of 8 up to 256, got 20"),
+        ("varlen", {"shape": (3, 2, 20)}, PACK, "a head size in eights up to 256, got 20"),
         ("triton", {"capability": (7, 5)}, PACK, "does not run on a GPU"),
         ("triton", {"shape": (3, 2, 129)}, PACK, "a head size up to 128, got 129"),
         ("sdpa", {}, PACK, "needs CPU tensors, got cuda"),
@@ -300,7 +300,11 @@ def test_an_impl_that_is_named_runs_or_says_what_it_needs(
 
 @pytest.mark.parametrize(
     ("table", "window_size", "match"),
-    [(PACK, 2, "knows no windows"), (LOOSE, None, "needs a pack of whole sequences")],
+    [
+        (PACK, 2, "knows no windows"),
+        (PREFIXED, 2, "knows no windows"),  # no sequence is longer, but one with its prefix is
+        (LOOSE, None, "needs a pack of whole sequences"),
+    ],
 )
 def test_auto_is_sdpa_on_a_cpu_and_torch_where_that_cannot(
     table: SegmentTable, window_size: int | None, match: str

@@ -152,6 +152,7 @@ def test_check_calls_says_where_it_did_not_run() -> None:
         ({"dropout": 0.1}, "got dropout=0.1"),
         ({"is_causal": False}, "is_causal=False"),
         ({"softcap": 30.0}, "softcap"),
+        ({"s_aux": torch.zeros(2)}, "s_aux"),
         ({"attention_mask": torch.zeros(1, 1, 4, 4)}, r"a mask tensor \[1, 1, 4, 4\]"),
     ],
 )
@@ -173,6 +174,14 @@ def test_what_would_change_the_result_is_refused(options: dict[str, Any], match:
 def test_masks_that_segments_cannot_say_are_refused(options: dict[str, Any], match: str) -> None:
     with pytest.raises(NotImplementedError, match=match):
         packed_mask(1, 4, 4, **options)
+
+
+def test_chunks_are_documents() -> None:
+    mask = packed_mask(
+        1, 7, 7, mask_function=lambda b, h, q, k: (k <= q) & (k // 3 == q // 3), local_size=3
+    )
+    assert [tuple(row[:2]) for row in mask.table.segments] == [(0, 3), (3, 3), (6, 1)]
+    assert mask.window_size == 3
 
 
 def test_a_row_of_padding_sees_nothing() -> None:
