@@ -1,16 +1,28 @@
-"""The one module that creates process groups; everything else receives `Ranks`."""
+"""The one module that creates process groups; everything else receives `Ranks` and `Teams`.
+
+The ranks are a (data, sequence) mesh: rank = data rank · team size + place in the team. The ranks
+of a team are neighbours, and every pack of the update lies on an aligned power of two of them.
+"""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from lwz_kernels.sequence_parallel import (
+    SequenceLayout,
+    SequenceParallel,
+    make_layout,
+    make_sequence_groups,
+    make_two_d_groups,
+)
+from lwz_trainer.config.parallel import SequencePlan
 from lwz_trainer.errors import UserError
 
-__all__ = ["Ranks", "start_ranks"]
+__all__ = ["Ranks", "Teams", "local_world_size", "make_teams", "start_ranks"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,62 @@ class Ranks:
         return tensor.tolist()
 
 
-def start_ranks(*, device: str, num_threads: int, timeout_minutes: float) -> Ranks:
+@dataclass(frozen=True)
+class Teams:
+    """The ranks that may share a pack, and their groups for every P in use."""
+
+    plan: SequencePlan
+    place: int = 0
+    """Of this rank in its team."""
+    groups: dict[int, dist.ProcessGroup] = field(default_factory=dict)
+    """P -> this rank and the P - 1 neighbours that it shares packs with."""
+    exchanges: dict[int, tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]] = field(
+        default_factory=dict
+    )
+    """P -> ranks that exchange heads, and ranks that exchange keys and values."""
+
+    def gather(self, values: list[Any]) -> list[Any]:
+        """The lists of all ranks of the team, one after another, on every one of them."""
+        if self.plan.size == 1:
+            return values
+        parts: list[Any] = [None] * self.plan.size
+        dist.all_gather_object(parts, values, group=self.groups[self.plan.size])
+        return [value for part in parts for value in part]
+
+    def layout(self, num_ranks: int, document_lengths: list[int]) -> SequenceLayout:
+        """Of a pack on `num_ranks` ranks; the same on each of them."""
+        scheme, ulysses_ranks = self.plan.schemes[num_ranks]
+        return make_layout(document_lengths, num_ranks, scheme, ulysses_ranks=ulysses_ranks)
+
+    def attention(self, layout: SequenceLayout, device: torch.device) -> SequenceParallel:
+        """Attention of this rank's shard of a pack."""
+        ulysses_group, kv_group = self.exchanges[layout.num_ranks]
+        return SequenceParallel(layout, device, ulysses_group=ulysses_group, kv_group=kv_group)
+
+
+def make_teams(plan: SequencePlan, ranks: Ranks, *, timeout_s: float) -> Teams:
+    """Makes the groups of every P in use; all ranks call it together, once, at the start."""
+    if plan.size == 1:
+        return Teams(plan)
+    timeout = timedelta(seconds=timeout_s)
+    groups = make_sequence_groups(plan.size, timeout=timeout)
+    exchanges: dict[int, tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]] = {}
+    for num_ranks, (scheme, ulysses_ranks) in plan.schemes.items():
+        if ulysses_ranks is not None:
+            exchanges[num_ranks] = make_two_d_groups(ulysses_ranks, num_ranks, timeout=timeout)
+        elif scheme == "ulysses":
+            exchanges[num_ranks] = (groups[num_ranks], None)
+        else:
+            exchanges[num_ranks] = (None, groups[num_ranks])
+    return Teams(plan, ranks.rank % plan.size, groups, exchanges)
+
+
+def local_world_size() -> int:
+    """Processes on this node, from torchrun's LOCAL_WORLD_SIZE."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def start_ranks(*, device: str, num_threads: int, timeout_s: float) -> Ranks:
     """Reads torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE), if there."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda, but torch sees no GPU: use device=cpu")
@@ -66,22 +133,22 @@ def start_ranks(*, device: str, num_threads: int, timeout_minutes: float) -> Ran
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_ranks = local_world_size()
     if use_cuda:
-        if local_world_size > torch.cuda.device_count():
+        if local_ranks > torch.cuda.device_count():
             raise UserError(
-                f"{local_world_size} processes on this node, but {torch.cuda.device_count()} GPUs: "
+                f"{local_ranks} processes on this node, but {torch.cuda.device_count()} GPUs: "
                 "lower --nproc-per-node"
             )
         torch.cuda.set_device(local_rank)
     else:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(num_threads or max(1, (cores or 1) // local_world_size))
+        torch.set_num_threads(num_threads or max(1, (cores or 1) // local_ranks))
     target = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     group = None
     if world_size > 1:
         dist.init_process_group(
-            "nccl" if use_cuda else "gloo", timeout=timedelta(minutes=timeout_minutes)
+            "nccl" if use_cuda else "gloo", timeout=timedelta(seconds=timeout_s)
         )
         group = dist.group.WORLD
     return Ranks(rank=rank, world_size=world_size, device=target, group=group)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from lwz_trainer.config.loss import LossConfig
 from lwz_trainer.config.model import ModelSection
+from lwz_trainer.config.parallel import ParallelConfig
 from lwz_trainer.config.rewards import RewardsConfig
 from lwz_trainer.config.sections import (
     CheckpointConfig,
@@ -32,8 +33,6 @@ class TrainConfig:
     """"auto" (a GPU if there is one), "cpu" or "cuda"."""
     num_threads: int = 0
     """CPU threads of each rank; 0 shares the machine's cores among its ranks."""
-    timeout_minutes: float = 30.0
-    """A collective that waits longer than this ends the run."""
     model: ModelSection = field(default_factory=ModelSection)
     """The policy."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -46,6 +45,8 @@ class TrainConfig:
     """The policy loss."""
     update: UpdateConfig = field(default_factory=UpdateConfig)
     """From a rollout batch to gradients."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Several ranks."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The optimizer."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -56,8 +57,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.num_steps < 1:
             raise UserError(f"num_steps must be at least 1, got {self.num_steps}")
-        if self.num_threads < 0 or self.timeout_minutes <= 0:
-            raise UserError("num_threads must be at least 0 and timeout_minutes above 0")
+        if self.num_threads < 0:
+            raise UserError(f"num_threads must be at least 0, got {self.num_threads}")
         if self.device not in ("auto", "cpu", "cuda"):
             raise UserError(f"device must be auto, cpu or cuda, got '{self.device}'")
         if self.seed < 0:
@@ -78,4 +79,25 @@ class TrainConfig:
                 "loss.sampler_correction corrects numerical differences; with rollout.top_p or "
                 "top_k the sampler draws from another distribution: set top_p 1 and top_k 0, or "
                 "leave loss.sampler_correction out"
+            )
+        if self.parallel.sequence != 1:
+            self._refuse_what_shards_cannot_do()
+
+    def _refuse_what_shards_cannot_do(self) -> None:
+        """Settings that a sequence spread over ranks does not know."""
+        sequence = f"parallel.sequence {self.parallel.sequence}"
+        if self.update.share_prompts and self.parallel.sequence != "auto":
+            raise UserError(
+                f"update.share_prompts needs whole sequences on one rank, with {sequence} there "
+                "are none: leave it out"
+            )
+        if self.loss.impl == "reference":
+            raise UserError(
+                f"loss.impl reference holds whole sequences, with {sequence} a rank has parts of "
+                "them: use loss.impl torch or auto"
+            )
+        if self.model.attention in ("sdpa", "varlen"):
+            raise UserError(
+                f"model.attention {self.model.attention} attends within one rank; {sequence} needs "
+                "auto or reference"
             )

@@ -107,7 +107,7 @@ def print_forecast(config: TrainConfig) -> None:
     ranks = start_ranks(
         device=config.device,
         num_threads=config.num_threads,
-        timeout_minutes=config.timeout_minutes,
+        timeout_s=config.parallel.timeout_s,
     )
     model_dir = resolve_model_dir(config.model.path)
     model = ModelConfig.from_hf(load_hf_config(model_dir))

@@ -12,19 +12,22 @@ from typing import Any
 
 import torch
 
+from lwz_trainer.config.parallel import plan_sequence
 from lwz_trainer.config.train import TrainConfig
 from lwz_trainer.errors import TrainingStopped, UserError
+from lwz_trainer.model.architecture import ModelConfig
 from lwz_trainer.model.decoder import Decoder
 from lwz_trainer.model.export import save_pretrained
 from lwz_trainer.model.linear import resolve_dtype
 from lwz_trainer.model.loading import (
     load_decoder,
     load_generation_config,
+    load_hf_config,
     load_pretrained,
     resolve_eos_ids,
 )
 from lwz_trainer.model.source import resolve_model_dir
-from lwz_trainer.parallel import Ranks, start_ranks
+from lwz_trainer.parallel import Ranks, Teams, local_world_size, make_teams, start_ranks
 from lwz_trainer.rewards.advantages import GroupAdvantages, check_failures, group_advantages
 from lwz_trainer.rewards.score import RewardParts, RewardSample, Scorer, stack_rewards
 from lwz_trainer.rollout import EngineStats, RolloutEngine, RolloutInterrupted, Sample
@@ -50,7 +53,7 @@ def run_train(config: TrainConfig) -> None:
     ranks = start_ranks(
         device=config.device,
         num_threads=config.num_threads,
-        timeout_minutes=config.timeout_minutes,
+        timeout_s=config.parallel.timeout_s,
     )
     if hasattr(signal, "SIGUSR1") and sys.__stderr__ is not None:
         # Where is it? Stacks of all threads, to the process's own stderr.
@@ -83,6 +86,7 @@ class Trainer:
         self._console = RunConsole(is_main=ranks.is_main, progress=config.log.progress)
         self._refuse_uneven_ranks()
         self._model_dir = resolve_model_dir(config.model.path)
+        teams = self._make_teams()
         dtype = resolve_dtype(config.model.dtype, ranks.device)
         self._model, self._tokenizer = load_pretrained(
             str(self._model_dir), dtype=dtype, device=ranks.device
@@ -105,11 +109,13 @@ class Trainer:
             size = 12 * sum(p.numel() for p in self._model.parameters())
             prepare_run_dir(config, checkpoint_bytes=size)
         ranks.barrier()
-        self._optimizer = FlatAdamW(self._model, config.optim)
+        shard_group = ranks.group if config.parallel.shard_optimizer else None
+        self._optimizer = FlatAdamW(self._model, config.optim, shard_group)
         self._update = PolicyUpdate(
             self._model,
             self._optimizer,
             ranks,
+            teams,
             config.update,
             config.loss,
             ref_model=self._load_reference(dtype),
@@ -313,6 +319,7 @@ class Trainer:
                 f"{self._config.num_steps}: raise num_steps or pass another output_dir"
             )
         self._checkpoints.load_tensors(latest, self._optimizer.state_dict())
+        self._optimizer.complete_weights()
         self._step = self._saved_step = progress.step
         self._policy_version = progress.policy_version
         self._engine.expected_completion_tokens = progress.expected_completion_tokens
@@ -366,6 +373,19 @@ class Trainer:
             return None
         reference = load_decoder(self._model_dir, dtype=dtype, device=self._ranks.device)
         return reference.requires_grad_(False)
+
+    def _make_teams(self) -> Teams:
+        """The ranks that share packs, for this model's heads; before its weights are read."""
+        model = ModelConfig.from_hf(load_hf_config(self._model_dir))
+        parallel = self._config.parallel
+        plan = plan_sequence(
+            parallel,
+            heads=model.heads,
+            kv_heads=model.kv_heads,
+            num_ranks=self._ranks.world_size,
+            ranks_per_node=local_world_size(),
+        )
+        return make_teams(plan, self._ranks, timeout_s=parallel.timeout_s)
 
     def _refuse_uneven_ranks(self) -> None:
         samples = self._config.data.prompts_per_step * self._config.rollout.group_size

@@ -5,7 +5,11 @@ itself. Those of a bf16 model are its upper halves, rounded, and the lower 16 bi
 together they are the exact fp32 master, which exists only a span at a time while it is stepped.
 Gradients accumulate in the flat fp32 buffer whatever the model's dtype: products add to their
 `main_grad` themselves; of the rest autograd adds into it directly, or a hook adds and frees them.
-No address changes after construction.
+No address of a weight changes after construction.
+
+With a group, its N ranks share the optimizer (ZeRO stage 1, arXiv:1910.02054): every rank holds all
+weights and gradients, but moments and lower halves of one N-th of each flat only. Gradients are
+reduce-scattered, each rank steps its part of the master, and the weights are gathered in place.
 """
 
 import math
@@ -57,21 +61,34 @@ def join_halves(upper: Tensor, lower: Tensor) -> Tensor:
 
 
 class _Flat:
-    """The masters of some parameters, their gradient and moments, one after the other."""
+    """The masters of some parameters, their gradient and moments, one after the other.
 
-    def __init__(self, parameters: list[nn.Parameter], weight_decay: float) -> None:
+    `part` is what this rank steps: all of it, or its share among the ranks of `group`.
+    """
+
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        weight_decay: float,
+        group: dist.ProcessGroup | None,
+    ) -> None:
         dtypes = {parameter.dtype for parameter in parameters}
         assert dtypes in ({torch.float32}, {torch.bfloat16}), f"no masters for {dtypes}"
         (dtype,) = dtypes
         self.weight_decay = weight_decay
         self.parameters = parameters
         device = parameters[0].device
-        self.size = sum(parameter.numel() for parameter in parameters)
-        self._weights = torch.empty(self.size, dtype=dtype, device=device)
+        size = sum(parameter.numel() for parameter in parameters)
+        num_ranks = 1 if group is None else dist.get_world_size(group)
+        rank = 0 if group is None else dist.get_rank(group)
+        share = -(-size // num_ranks)
+        self.part = slice(rank * share, (rank + 1) * share)
+        # Zeros, because the last ranks' shares may reach beyond the parameters.
+        self._weights = torch.zeros(share * num_ranks, dtype=dtype, device=device)
         self._lower: Tensor | None = None
         if dtype == torch.bfloat16:
-            self._lower = torch.zeros(self.size, dtype=torch.int16, device=device)
-        self.grad = torch.zeros(self.size, dtype=torch.float32, device=device)
+            self._lower = torch.zeros(share, dtype=torch.int16, device=device)
+        self.grad = torch.zeros(share * num_ranks, dtype=torch.float32, device=device)
         self.moments: dict[str, Tensor] = {}
         offset = 0
         for parameter in parameters:
@@ -87,52 +104,76 @@ class _Flat:
             attach_main_grad(parameter, grad)
             offset = span.stop
 
+    @property
+    def own_grad(self) -> Tensor:
+        """The gradient of this rank's part."""
+        return self.grad[self.part]
+
+    @property
+    def own_weights(self) -> Tensor:
+        """Masters of an fp32 model, upper halves of a bf16 model: this rank's part."""
+        return self._weights[self.part]
+
     def spans(self) -> Iterator[slice]:
-        """Parts to step: all at once where the master exists, else a span at a time."""
-        step = self.size if self._lower is None else SPAN
-        for start in range(0, self.size, step):
-            yield slice(start, min(start + step, self.size))
+        """Of this rank's part: all at once where the master exists, else a span at a time."""
+        size = self.part.stop - self.part.start
+        step = size if self._lower is None else SPAN
+        for start in range(0, size, step):
+            yield slice(start, min(start + step, size))
 
     def master(self, span: slice) -> Tensor:
-        """fp32 master of a span: a view, or joined from its halves."""
+        """fp32 master of a span of this rank's part: a view, or joined from its halves."""
         if self._lower is None:
-            return self._weights[span]
-        return join_halves(self._weights[span], self._lower[span])
+            return self.own_weights[span]
+        return join_halves(self.own_weights[span], self._lower[span])
 
     def write(self, span: slice, master: Tensor) -> None:
-        """Takes over the master of a span, and with it the parameters."""
+        """Takes over the master of a span, and with it this rank's part of the parameters."""
         if self._lower is not None:
-            self._weights[span], self._lower[span] = split_halves(master)
-        elif master.data_ptr() != self._weights[span].data_ptr():  # else it is there already
-            self._weights[span] = master
+            self.own_weights[span], self._lower[span] = split_halves(master)
+        elif master.data_ptr() != self.own_weights[span].data_ptr():  # else it is there already
+            self.own_weights[span] = master
 
     def weights(self) -> dict[str, Tensor]:
-        """The live tensors that hold the master: itself, or its two halves."""
+        """The live tensors that hold this rank's part of the master: itself, or its two halves."""
         if self._lower is None:
-            return {"master": self._weights}
-        return {"master_upper": self._weights, "master_lower": self._lower}
+            return {"master": self.own_weights}
+        return {"master_upper": self.own_weights, "master_lower": self._lower}
+
+    def gather_weights(self, group: dist.ProcessGroup) -> None:
+        """Completes the parameters from the parts of all ranks, in place."""
+        dist.all_gather_into_tensor(self._weights, self.own_weights.clone(), group=group)
 
     def ensure_moments(self) -> dict[str, Tensor]:
         """AdamW's step count and two moments; made when they are first needed."""
         if not self.moments:
             self.moments = {
                 "step": torch.zeros((), dtype=torch.float32, device=self.grad.device),
-                "exp_avg": torch.zeros_like(self.grad),
-                "exp_avg_sq": torch.zeros_like(self.grad),
+                "exp_avg": torch.zeros_like(self.own_grad),
+                "exp_avg_sq": torch.zeros_like(self.own_grad),
             }
         return self.moments
 
 
 class FlatAdamW:
-    """AdamW over flat fp32 masters of all parameters of a model."""
+    """AdamW over flat fp32 masters of all parameters of a model.
 
-    def __init__(self, model: nn.Module, config: OptimConfig) -> None:
+    Args:
+        model: its parameters are moved into flat buffers.
+        config: of AdamW.
+        shard_group: ranks that share the optimizer state; None: every rank holds all of it.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: OptimConfig, shard_group: dist.ProcessGroup | None = None
+    ) -> None:
         self._config = config
+        self._shard_group = shard_group
         parameters = [p for p in model.parameters() if p.requires_grad]
         matrices = [p for p in parameters if p.dim() >= 2]
         vectors = [p for p in parameters if p.dim() < 2]
         self._flats = [
-            _Flat(part, decay)
+            _Flat(part, decay, shard_group)
             for part, decay in ((matrices, config.weight_decay), (vectors, 0.0))
             if part
         ]
@@ -146,30 +187,53 @@ class FlatAdamW:
         for grad in self.grads:
             grad.zero_()
 
-    def all_reduce_grads(self, group: dist.ProcessGroup | None) -> None:
-        """Sums gradients over ranks; the loss is already divided by global counts."""
-        if group is not None:
+    def reduce_grads(self, group: dist.ProcessGroup | None) -> Tensor:
+        """Sums gradients over ranks; the loss is already divided by global counts.
+
+        Afterwards a rank of a sharded optimizer has the sum of its own part only.
+
+        Returns:
+            fp32 scalar, the 2-norm of the summed gradient of all parameters.
+        """
+        if group is None:
+            return self.grad_norm()
+        if self._shard_group is None:
             for grad in self.grads:
                 dist.all_reduce(grad, group=group)
+            return self.grad_norm()
+        for flat in self._flats:
+            summed = torch.empty_like(flat.own_grad)
+            dist.reduce_scatter_tensor(summed, flat.grad, group=group)
+            flat.own_grad.copy_(summed)
+        parts = [torch.linalg.vector_norm(flat.own_grad).square() for flat in self._flats]
+        squares = torch.stack(parts).sum()
+        dist.all_reduce(squares, group=group)
+        return squares.sqrt()
 
     def grad_norm(self) -> Tensor:
-        """Global 2-norm of the accumulated gradient, fp32 scalar."""
+        """2-norm of the gradient that this rank has accumulated, fp32 scalar."""
         norms = [torch.linalg.vector_norm(grad) for grad in self.grads]
         return torch.linalg.vector_norm(torch.stack(norms))
 
     @torch.no_grad()
     def step(self, *, lr: float, grad_norm: Tensor) -> None:
-        """Clips to max_grad_norm and steps masters and parameters in place."""
+        """Clips to max_grad_norm and steps masters and parameters in place.
+
+        Args:
+            lr: of this step.
+            grad_norm: of the whole gradient, from `reduce_grads`.
+        """
         limit = self._config.max_grad_norm
         for flat in self._flats:
+            grad = flat.own_grad
             if limit > 0:
-                flat.grad.mul_((limit / grad_norm.clamp(min=1e-12)).clamp(max=1.0))
+                grad.mul_((limit / grad_norm.clamp(min=1e-12)).clamp(max=1.0))
             moments = flat.ensure_moments()
             for span in flat.spans():
                 master = flat.master(span)
                 adamw(
                     [master],
-                    [flat.grad[span]],
+                    [grad[span]],
                     [moments["exp_avg"][span]],
                     [moments["exp_avg_sq"][span]],
                     [],
@@ -185,11 +249,25 @@ class FlatAdamW:
                 )
                 flat.write(span, master)
             moments["step"] += 1
+        self.complete_weights()
+
+    def complete_weights(self) -> None:
+        """Gathers what the ranks of a sharded optimizer hold; all of them call it together."""
+        if self._shard_group is not None:
+            for flat in self._flats:
+                flat.gather_weights(self._shard_group)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Masters and AdamW's moments: the live tensors, so loading into them is enough."""
+        """Masters and AdamW's moments: the live tensors, so loading into them is enough.
+
+        The names of a sharded optimizer's parts say whose they are; after loading into them comes
+        `complete_weights`.
+        """
+        whose = ""
+        if self._shard_group is not None:
+            whose = f".rank_{dist.get_rank(self._shard_group)}"
         return {
-            f"{name}_{index}": value
+            f"{name}_{index}{whose}": value
             for index, flat in enumerate(self._flats)
             for name, value in (flat.weights() | flat.ensure_moments()).items()
         }

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lwz_kernels.sequence_parallel import SequenceLayout
+
 __all__ = ["MicroBatch", "TrainSample", "pack_samples"]
 
 
@@ -27,6 +29,16 @@ class TrainSample:
     advantage: float
     in_loss: bool
     """False leaves the sample out of loss and normaliser (overlong filtering)."""
+
+    @property
+    def num_fed(self) -> int:
+        """Completion tokens that are fed: the last one predicts nothing."""
+        return len(self.completion_ids) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the sample in a pack, its prompt included."""
+        return len(self.prompt_ids) + self.num_fed
 
 
 @dataclass(frozen=True)
@@ -45,10 +57,14 @@ class MicroBatch:
     completion_cu_seqlens: Tensor
     samples: list[int]
     """Sample numbers, in the order of `completion_cu_seqlens`."""
+    layout: SequenceLayout | None = None
+    """Where the tokens are a shard of a pack: how it lies on its ranks."""
+    sequence_loss_tokens_N: Tensor | None = None
+    """Where the rows are a shard: loss tokens of each whole sequence."""
 
     @property
     def num_tokens(self) -> int:
-        return self.cu_seqlens[-1]
+        return len(self.input_ids_T)
 
 
 @dataclass(frozen=True)
@@ -79,13 +95,8 @@ def pack_samples(
     return [_build(content, share_prompts=share_prompts) for _, content in bins]
 
 
-def _num_fed(sample: TrainSample) -> int:
-    """The last completion token predicts nothing and is not fed."""
-    return len(sample.completion_ids) - 1
-
-
 def _single_units(samples: Sequence[TrainSample]) -> list[_Unit]:
-    return [_Unit([sample], len(sample.prompt_ids) + _num_fed(sample)) for sample in samples]
+    return [_Unit([sample], sample.num_tokens) for sample in samples]
 
 
 def _split_groups(samples: Sequence[TrainSample], budget_tokens: int) -> list[_Unit]:
@@ -99,11 +110,11 @@ def _split_groups(samples: Sequence[TrainSample], budget_tokens: int) -> list[_U
         part: list[TrainSample] = []
         total = num_prompt
         for member in members:
-            if part and total + _num_fed(member) > budget_tokens:
+            if part and total + member.num_fed > budget_tokens:
                 units.append(_Unit(part, total))
                 part, total = [], num_prompt
             part.append(member)
-            total += _num_fed(member)
+            total += member.num_fed
         units.append(_Unit(part, total))
     return units
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lwz_kernels.attention import SegmentTable, attention
 from lwz_kernels.linear_logprobs import linear_logprobs
 from lwz_kernels.linear_policy_loss import linear_policy_loss
 from lwz_trainer.config.loss import LossConfig
@@ -19,11 +18,13 @@ from lwz_trainer.config.sections import UpdateConfig
 from lwz_trainer.errors import TrainingStopped
 from lwz_trainer.model.decoder import Decoder
 from lwz_trainer.model.main_grad import main_grad
-from lwz_trainer.parallel import Ranks
+from lwz_trainer.parallel import Ranks, Teams
 from lwz_trainer.update.optimizer import FlatAdamW
-from lwz_trainer.update.packing import MicroBatch, TrainSample, pack_samples
+from lwz_trainer.update.packing import TrainSample
+from lwz_trainer.update.sharding import place_packs
+from lwz_trainer.update.work import Work, make_work
 
-__all__ = ["PackedAttend", "PolicyUpdate", "UpdateMetrics"]
+__all__ = ["PolicyUpdate", "UpdateMetrics"]
 
 SUMS = (
     "num_tokens_sum",
@@ -38,18 +39,6 @@ SUMS = (
     "importance_sq_sum",
 )
 MAXIMA = ("ratio_max", "logprob_diff_max")
-
-
-@dataclass(frozen=True)
-class PackedAttend:
-    """Packed causal attention for the update."""
-
-    plan: SegmentTable
-    impl: str
-
-    def __call__(self, layer: int, q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor) -> Tensor:
-        del layer  # every layer attends alike; the engine's cache is what needs the number
-        return attention(q_THK, k_TJK, v_TJK, segments=self.plan, impl=self.impl)[0]
 
 
 @dataclass(frozen=True)
@@ -69,6 +58,7 @@ class PolicyUpdate:
         model: Decoder,
         optimizer: FlatAdamW,
         ranks: Ranks,
+        teams: Teams,
         config: UpdateConfig,
         loss_config: LossConfig,
         *,
@@ -82,6 +72,7 @@ class PolicyUpdate:
         self._model = model
         self._optimizer = optimizer
         self._ranks = ranks
+        self._teams = teams
         self._config = config
         self._ref_model = ref_model
         self._temperature = temperature
@@ -114,14 +105,16 @@ class PolicyUpdate:
             TrainingStopped: a loss or gradient is not finite; the weights were not touched.
         """
         config = self._config
-        minibatches = [self._pack(part) for part in self._split(samples, num_groups)]
+        counts = [self._count(part) for part in self._split(samples, num_groups)]
+        shared = self._teams.gather(samples)
+        minibatches = [self._place(part) for part in self._split(shared, num_groups)]
         is_on_policy = config.num_minibatches * config.num_epochs == 1
         old = {} if is_on_policy else self._logprobs(self._model, minibatches)
         ref = {} if self._ref_model is None else self._logprobs(self._ref_model, minibatches)
         totals = _Totals()
         for _ in range(config.num_epochs):
-            for batches in minibatches:
-                self._update(batches, old, ref, totals, lr=lr, on_microbatch=on_microbatch)
+            for works, count in zip(minibatches, counts, strict=True):
+                self._update(works, count, old, ref, totals, lr=lr, on_microbatch=on_microbatch)
         return totals.reduce(self._ranks)
 
     def _split(self, samples: list[TrainSample], num_groups: int) -> Iterator[list[TrainSample]]:
@@ -130,47 +123,52 @@ class PolicyUpdate:
         for part in range(self._config.num_minibatches):
             yield [sample for sample in samples if sample.group // per_part == part]
 
-    def _pack(self, samples: list[TrainSample]) -> list[MicroBatch]:
-        return pack_samples(
+    def _place(self, samples: list[TrainSample]) -> list[Work]:
+        """This rank's micro-batches of the samples of its team."""
+        placed = place_packs(
             samples,
+            self._teams.plan,
             budget_tokens=self._config.microbatch_tokens,
             share_prompts=self._share_prompts,
         )
+        return [
+            make_work(pack, self._teams, self._ranks.device, self._attention_impl)
+            for pack in placed[self._teams.place]
+        ]
 
-    def _hidden(self, model: Decoder, batch: MicroBatch, *, checkpoint_layers: bool) -> Tensor:
+    def _hidden(self, model: Decoder, work: Work, *, checkpoint_layers: bool) -> Tensor:
         """Hidden states [R, D] of the positions that predict the completion tokens."""
         device = self._ranks.device
-        attend = PackedAttend(
-            SegmentTable.from_cu_seqlens(batch.cu_seqlens, batch.prefix_of), self._attention_impl
-        )
         hidden_TD = model(
-            batch.input_ids_T.to(device),
-            batch.position_ids_T.to(device),
-            attend,
+            work.batch.input_ids_T.to(device),
+            work.batch.position_ids_T.to(device),
+            work.attend,
             checkpoint_layers=checkpoint_layers,
         )
-        return hidden_TD[batch.row_index_R.to(device)]
+        work.check_calls(model.config.layers)
+        return hidden_TD[work.batch.row_index_R.to(device)]
 
     @torch.no_grad()
-    def _logprobs(self, model: Decoder, minibatches: list[list[MicroBatch]]) -> dict[int, Tensor]:
+    def _logprobs(self, model: Decoder, minibatches: list[list[Work]]) -> dict[int, Tensor]:
         """Log-probs [R] of each micro-batch, by its identity, under a fixed model."""
         device = self._ranks.device
         return {
-            id(batch): linear_logprobs(
-                self._hidden(model, batch, checkpoint_layers=False),
+            id(work): linear_logprobs(
+                self._hidden(model, work, checkpoint_layers=False),
                 model.head_weight,
-                batch.labels_R.to(device),
+                work.batch.labels_R.to(device),
                 temperature=self._temperature,
                 chunk_bytes=self._loss_config.chunk_bytes,
                 impl=self._loss_config.impl,
             )[0]
-            for batches in minibatches
-            for batch in batches
+            for works in minibatches
+            for work in works
         }
 
     def _update(
         self,
-        batches: list[MicroBatch],
+        works: list[Work],
+        counts: tuple[int, int],
         old: dict[int, Tensor],
         ref: dict[int, Tensor],
         totals: "_Totals",
@@ -178,38 +176,33 @@ class PolicyUpdate:
         lr: float,
         on_microbatch: Callable[[int, int], None] | None,
     ) -> None:
-        counts = self._count(batches)
         totals.num_updates += 1
         if counts[0] == 0:
             return
         self._optimizer.zero_grad()
         losses = []
-        for done, batch in enumerate(batches, start=1):
-            loss, metrics = self._loss(batch, old.get(id(batch)), ref.get(id(batch)), counts)
-            loss.backward()
-            losses.append(loss.detach())
-            totals.add(metrics, loss.detach(), batch.num_tokens)
+        for done, work in enumerate(works, start=1):
+            loss, metrics = self._accumulate(work, old, ref, counts)
+            losses.append(loss)
+            totals.add(metrics, loss, work.batch.num_tokens)
             if on_microbatch is not None:
-                on_microbatch(done, len(batches))
-        self._optimizer.all_reduce_grads(self._ranks.group)
-        grad_norm = self._optimizer.grad_norm()
-        self._refuse_non_finite(batches, losses, grad_norm, old, ref, counts)
+                on_microbatch(done, len(works))
+        grad_norm = self._optimizer.reduce_grads(self._ranks.group)
+        self._refuse_non_finite(works, losses, grad_norm, old, ref, counts)
         self._optimizer.step(lr=lr, grad_norm=grad_norm)
         totals.grad_norm += float(grad_norm)
 
-    def _loss(
-        self,
-        batch: MicroBatch,
-        old_logprobs: Tensor | None,
-        ref_logprobs: Tensor | None,
-        counts: tuple[int, int],
+    def _accumulate(
+        self, work: Work, old: dict[int, Tensor], ref: dict[int, Tensor], counts: tuple[int, int]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        device = self._ranks.device
+        """Adds the gradient of a micro-batch's rows on this rank; their loss and metrics."""
+        device, batch = self._ranks.device, work.batch
         # dW goes straight into the flat fp32 gradient; the oracle's autograd cannot do that.
         head_weight = self._model.head_weight
         is_oracle = self._loss_config.impl == "reference"
-        return linear_policy_loss(
-            self._hidden(self._model, batch, checkpoint_layers=self._checkpoint_layers),
+        shard_tokens_N = batch.sequence_loss_tokens_N
+        loss, metrics = linear_policy_loss(
+            self._hidden(self._model, work, checkpoint_layers=self._checkpoint_layers),
             head_weight,
             batch.labels_R.to(device),
             batch.advantages_R.to(device),
@@ -217,30 +210,30 @@ class PolicyUpdate:
             cu_seqlens=batch.completion_cu_seqlens.to(device),
             num_loss_tokens=counts[0],
             num_sequences=counts[1],
-            old_logprobs=old_logprobs,
-            ref_logprobs=ref_logprobs,
+            sequence_loss_tokens=None if shard_tokens_N is None else shard_tokens_N.to(device),
+            old_logprobs=old.get(id(work)),
+            ref_logprobs=ref.get(id(work)),
             sampling_logprobs=batch.sampling_logprobs_R.to(device),
             temperature=self._temperature,
+            sequence_group=work.group,
             weight_grad=None if is_oracle else main_grad(head_weight),
             config=self._loss_config,
             chunk_bytes=self._loss_config.chunk_bytes,
             impl=self._loss_config.impl,
         )
+        loss.backward()
+        work.check_calls(self._model.config.layers if self._checkpoint_layers else 0)
+        return loss.detach(), metrics
 
-    def _count(self, batches: Sequence[MicroBatch]) -> tuple[int, int]:
-        """Loss tokens and sequences with any, over all ranks."""
-        tokens = sum(int(batch.loss_mask_R.sum()) for batch in batches)
-        sequences = sum(
-            int(batch.loss_mask_R[start])
-            for batch in batches
-            for start in batch.completion_cu_seqlens[:-1].tolist()
-        )
-        totals = self._ranks.sum([float(tokens), float(sequences)])
+    def _count(self, samples: Sequence[TrainSample]) -> tuple[int, int]:
+        """Loss tokens and sequences with any, over the samples of all ranks."""
+        lengths = [len(sample.completion_ids) for sample in samples if sample.in_loss]
+        totals = self._ranks.sum([float(sum(lengths)), float(len(lengths))])
         return int(totals[0]), int(totals[1])
 
     def _refuse_non_finite(
         self,
-        batches: list[MicroBatch],
+        works: list[Work],
         losses: list[Tensor],
         grad_norm: Tensor,
         old: dict[int, Tensor],
@@ -251,20 +244,20 @@ class PolicyUpdate:
         is_finite = all(bool(torch.isfinite(value)) for value in (grad_norm, *losses))
         if not self._ranks.max([float(not is_finite)])[0]:
             return
-        bad: list[int] = []
-        for batch, loss in zip(batches, losses, strict=True):
-            self._optimizer.zero_grad()
-            if torch.isfinite(loss):
-                again, _ = self._loss(batch, old.get(id(batch)), ref.get(id(batch)), counts)
-                again.backward()
-                if torch.isfinite(self._optimizer.grad_norm()):
-                    continue
-            bad += batch.samples
-        bad = sorted(sample for part in self._ranks.gather(bad) for sample in part)
+        bad: set[int] = set()
+        for work, loss in zip(works, losses, strict=True):
+            is_bad = work.is_any(not torch.isfinite(loss))
+            if not is_bad:  # on none of its ranks, so that all of them compute it again
+                self._optimizer.zero_grad()
+                self._accumulate(work, old, ref, counts)
+                is_bad = work.is_any(not torch.isfinite(self._optimizer.grad_norm()))
+            if is_bad:
+                bad |= set(work.batch.samples)
+        everyone = sorted(set().union(*self._ranks.gather(bad)))
         raise TrainingStopped(
             f"the loss or gradient is not finite (gradient norm {float(grad_norm)}) in the "
-            f"micro-batch with samples {bad}; no weight was changed: lower optim.lr or look at "
-            "these samples"
+            f"micro-batch with samples {everyone}; no weight was changed: lower optim.lr or look "
+            "at these samples"
         )
 
 

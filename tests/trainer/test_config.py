@@ -52,8 +52,12 @@ def test_every_field_is_read_somewhere() -> None:
     sources = [path.read_text() for path in (*trainer, *loss)]
     text = "\n".join(sources)
     unread = [name for name, _ in all_fields(TrainConfig) if f".{name.split('.')[-1]}" not in text]
-    # Read through FormatRewardConfig.threshold and LossConfig.chunk_bytes.
-    derived = {"rewards.format.redundancy_threshold", "loss.chunk_mb"}
+    # Read through FormatRewardConfig.threshold, LossConfig.chunk_bytes and plan_sequence.
+    derived = {
+        "rewards.format.redundancy_threshold",
+        "loss.chunk_mb",
+        "parallel.sequence_scheme",
+    }
     assert set(unread) <= derived
 
 

@@ -9,10 +9,11 @@ import torch
 
 from lwz_kernels.linear_policy_loss.reference import linear_policy_loss_reference
 from lwz_trainer.config.loss import LossConfig
+from lwz_trainer.config.parallel import SequencePlan
 from lwz_trainer.config.sections import OptimConfig, UpdateConfig
 from lwz_trainer.errors import TrainingStopped
 from lwz_trainer.model.decoder import Decoder
-from lwz_trainer.parallel import Ranks
+from lwz_trainer.parallel import Ranks, Teams
 from lwz_trainer.update import optimizer as optimizer_module
 from lwz_trainer.update.optimizer import FlatAdamW, join_halves, learning_rate, split_halves
 from lwz_trainer.update.packing import TrainSample
@@ -21,6 +22,7 @@ from tests.trainer.rollout_case import load_tiny, make_engine, make_requests, sa
 from tests.trainer.tiny import causal_attend
 
 ALONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"), group=None)
+NO_TEAMS = Teams(SequencePlan(1, 1, {}))
 TEMPERATURE = 0.7
 
 
@@ -54,6 +56,7 @@ def run_update(
         model,
         optimizer,
         ALONE,
+        NO_TEAMS,
         UpdateConfig(**settings),
         loss or LossConfig(),
         ref_model=ref_model,
@@ -152,6 +155,7 @@ def test_run_with_checkpointed_layers_gives_the_same_gradient(tmp_path: Path) ->
             model,
             optimizer,
             ALONE,
+            NO_TEAMS,
             UpdateConfig(),
             LossConfig(),
             ref_model=None,

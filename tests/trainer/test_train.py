@@ -1,6 +1,7 @@
 """Whole runs: what they write, that they resume bit for bit, and that ranks do not matter."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,6 +163,25 @@ def test_train_on_two_ranks_follows_the_same_curve(tmp_path: Path, groups: int) 
         for key in ("reward/length", "reward/format", "loss", "grad_norm", "entropy"):
             assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), (key, one["step"])
     weights = [final_weights(tmp_path / name) for name in ("one", "two")]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=2e-4)
+
+
+@pytest.mark.dist
+def test_train_with_shared_sequences_and_a_sharded_optimizer(tmp_path: Path) -> None:
+    """Packs on one and on two ranks, ZeRO, a checkpoint: the curve of one process, bit for bit
+    the same after a resume."""
+    settings = {"num_steps": 3, "checkpoint.every": 1, "update.microbatch_tokens": 48}
+    assert main(make_run_args(tmp_path, "one", **settings)) == 0
+    settings |= {"parallel.sequence": "auto", "parallel.shard_optimizer": True}
+    for name, steps in (("whole", 3), ("halves", 2), ("halves", 3)):
+        arguments = make_run_args(tmp_path, name, **(settings | {"num_steps": steps}))
+        result = run_cli(arguments, processes=2)
+        assert result.returncode == 0, result.stderr[-2000:]
+        if steps == 2:
+            shutil.rmtree(tmp_path / name / "final")
+    assert_same_runs(tmp_path / "whole", tmp_path / "halves")
+    weights = [final_weights(tmp_path / name) for name in ("one", "whole")]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=2e-4)
 

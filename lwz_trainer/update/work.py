@@ -1,0 +1,78 @@
+"""One micro-batch of a rank: its tokens, how they attend, and who holds the rest of its pack."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lwz_kernels.attention import AttentionPlan, attention
+from lwz_kernels.sequence_parallel import SequenceParallel
+from lwz_trainer.parallel import Teams
+from lwz_trainer.update.packing import MicroBatch
+from lwz_trainer.update.sharding import PlacedPack, document_lengths, shard_microbatch
+
+__all__ = ["PackedAttend", "ShardedAttend", "Work", "make_work"]
+
+
+@dataclass(frozen=True)
+class PackedAttend:
+    """Packed causal attention of whole sequences."""
+
+    plan: AttentionPlan
+    impl: str
+
+    def __call__(self, layer: int, q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor) -> Tensor:
+        del layer  # every layer attends alike; the engine's cache is what needs the number
+        return attention(q_THK, k_TJK, v_TJK, self.plan, impl=self.impl)
+
+
+@dataclass(frozen=True)
+class ShardedAttend:
+    """Attention of this rank's shard to the whole sequences, over the ranks of the pack."""
+
+    parallel: SequenceParallel
+    impl: str
+
+    def __call__(self, layer: int, q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor) -> Tensor:
+        del layer
+        return self.parallel.attention(q_THK, k_TJK, v_TJK, impl=self.impl)[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What a rank computes of one pack."""
+
+    batch: MicroBatch
+    attend: PackedAttend | ShardedAttend
+    group: dist.ProcessGroup | None
+    """The ranks of the pack; None where it is whole here."""
+    device: torch.device
+
+    def check_calls(self, expected: int) -> None:
+        """Raises if sharded attention did not run `expected` times since the last check."""
+        if isinstance(self.attend, ShardedAttend):
+            self.attend.parallel.check_calls(expected)
+
+    def is_any(self, value: bool | Tensor) -> bool:
+        """Whether it is so on any rank of the pack; each of them must ask."""
+        flag = torch.tensor(float(value), device=self.device)
+        if self.group is not None:
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
+        return bool(flag)
+
+
+def make_work(pack: PlacedPack, teams: Teams, device: torch.device, impl: str) -> Work:
+    """This rank's part of a pack; plans are made here once, for all layers and passes."""
+    batch = pack.batch
+    if pack.num_ranks == 1:
+        plan = AttentionPlan(batch.cu_seqlens, batch.prefix_of)
+        return Work(batch, PackedAttend(plan, impl), None, device)
+    layout = teams.layout(pack.num_ranks, document_lengths(batch))
+    parallel = teams.attention(layout, device)
+    return Work(
+        shard_microbatch(batch, layout, parallel.rank),
+        ShardedAttend(parallel, impl),
+        teams.groups[pack.num_ranks],
+        device,
+    )
