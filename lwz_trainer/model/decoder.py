@@ -9,6 +9,8 @@ operator calls per decoded token.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lwz_trainer.model.architecture import ModelConfig, YarnScaling
 from lwz_trainer.model.linear import embedding, linear
+from lwz_trainer.model.offload import HostOffload
 from lwz_trainer.model.rotary import inverse_frequencies, rotary_tables, rotate
+from lwz_trainer.model.tiling import tiled_rows
 
 __all__ = ["Attend", "Decoder", "DecoderLayer"]
 
@@ -56,15 +60,32 @@ class DecoderLayer(nn.Module):
         self.gate_up_proj = parameter(2 * config.ff, config.hidden)
         self.down_proj = parameter(config.hidden, config.ff)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        """Args: x [T, D], cos and sin [T, 1, K] of `rotary_tables`. Returns: [T, D]."""
-        config = self.config
-        norm_shape, eps = (config.hidden,), config.rms_eps
-        normed_TD = F.rms_norm(x, norm_shape, self.attn_norm, eps)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, mlp_tile_tokens: int = 0
+    ) -> Tensor:
+        """Attention and feed-forward.
+
+        Args:
+            x: [T, D].
+            cos, sin: [T, 1, K] of `rotary_tables`.
+            attend: mixes tokens.
+            mlp_tile_tokens: tokens whose [2F] intermediate values exist at a time; 0 for all.
+
+        Returns:
+            [T, D].
+        """
+        normed_TD = F.rms_norm(x, (self.config.hidden,), self.attn_norm, self.config.rms_eps)
         x = x + linear(self._attention(normed_TD, cos, sin, attend), self.o_proj)
-        normed_TD = F.rms_norm(x, norm_shape, self.mlp_norm, eps)
-        gate_TF, up_TF = linear(normed_TD, self.gate_up_proj).chunk(2, dim=-1)
-        return x + linear(F.silu(gate_TF) * up_TF, self.down_proj)
+        weights = (self.mlp_norm, self.gate_up_proj, self.down_proj)
+        if mlp_tile_tokens:
+            return tiled_rows(self._add_mlp, x, weights, tile_rows=mlp_tile_tokens)
+        return self._add_mlp(x, *weights)
+
+    def _add_mlp(self, x: Tensor, norm: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+        """x and the gated feed-forward of it, [rows, D]."""
+        normed_TD = F.rms_norm(x, (self.config.hidden,), norm, self.config.rms_eps)
+        gate_TF, up_TF = linear(normed_TD, gate_up_proj).chunk(2, dim=-1)
+        return x + linear(F.silu(gate_TF) * up_TF, down_proj)
 
     def _attention(self, normed: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         heads, kv_heads, head_dim = self.config.heads, self.config.kv_heads, self.config.head_dim
@@ -142,6 +163,8 @@ class Decoder(nn.Module):
         attend: Attend,
         *,
         checkpoint_layers: bool = False,
+        offload: HostOffload | None = None,
+        mlp_tile_tokens: int = 0,
     ) -> Tensor:
         """Hidden states after the final norm.
 
@@ -151,19 +174,24 @@ class Decoder(nn.Module):
             attend: mixes tokens; called once per layer (again in the backward pass with
                 `checkpoint_layers`).
             checkpoint_layers: keep only the input of each layer for the backward pass.
+            offload: where these inputs wait; None: on the device.
+            mlp_tile_tokens: as in `DecoderLayer`.
 
         Returns:
             [T, D] of the parameters' type.
         """
         x_TD = embedding(input_ids, self.embed)
         cos, sin = rotary_tables(position_ids, self.inv_freq, self.attention_factor, x_TD.dtype)
-        recompute = checkpoint_layers and torch.is_grad_enabled()
-        for layer in self.layers:
-            if recompute:
-                # The decoder draws no random numbers, so no generator state needs to be kept.
-                x_TD = checkpoint(
-                    layer, x_TD, cos, sin, attend, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                x_TD = layer(x_TD, cos, sin, attend)
+        if checkpoint_layers and torch.is_grad_enabled():
+            with nullcontext() if offload is None else offload.layer_inputs():
+                for layer in self.layers:
+                    # The layer's input is the only tensor argument, so the only one to be parked.
+                    run = partial(
+                        layer, cos=cos, sin=sin, attend=attend, mlp_tile_tokens=mlp_tile_tokens
+                    )
+                    # The decoder draws no random numbers: no generator state needs to be kept.
+                    x_TD = checkpoint(run, x_TD, use_reentrant=False, preserve_rng_state=False)
+        else:
+            for layer in self.layers:
+                x_TD = layer(x_TD, cos, sin, attend, mlp_tile_tokens)
         return F.rms_norm(x_TD, (self.config.hidden,), self.final_norm, self.config.rms_eps)

@@ -121,8 +121,7 @@ class Trainer:
             ref_model=self._load_reference(dtype),
             temperature=config.rollout.temperature,
             max_completion_tokens=config.rollout.max_completion_tokens,
-            attention_impl=config.model.attention,
-            checkpoint_layers=config.model.checkpoint_layers,
+            section=config.model,
         )
         self._checkpoints = CheckpointStore(
             self._run_dir, ranks, self._model.config, dtype, keep=config.checkpoint.keep

@@ -14,10 +14,12 @@ from torch import Tensor
 from lwz_kernels.linear_logprobs import linear_logprobs
 from lwz_kernels.linear_policy_loss import linear_policy_loss
 from lwz_trainer.config.loss import LossConfig
+from lwz_trainer.config.model import ModelSection
 from lwz_trainer.config.sections import UpdateConfig
 from lwz_trainer.errors import TrainingStopped
 from lwz_trainer.model.decoder import Decoder
 from lwz_trainer.model.main_grad import main_grad
+from lwz_trainer.model.offload import HostOffload
 from lwz_trainer.parallel import Ranks, Teams
 from lwz_trainer.update.optimizer import FlatAdamW
 from lwz_trainer.update.packing import TrainSample
@@ -65,8 +67,7 @@ class PolicyUpdate:
         ref_model: Decoder | None,
         temperature: float,
         max_completion_tokens: int,
-        attention_impl: str,
-        checkpoint_layers: bool,
+        section: ModelSection,
     ) -> None:
         assert (ref_model is not None) == (loss_config.kl_coef > 0), "a KL term needs its reference"
         self._model = model
@@ -79,10 +80,11 @@ class PolicyUpdate:
         if loss_config.loss_type == "dr_grpo" and loss_config.max_completion_tokens is None:
             loss_config = replace(loss_config, max_completion_tokens=max_completion_tokens)
         self._loss_config = loss_config
-        self._attention_impl = attention_impl
-        self._checkpoint_layers = checkpoint_layers
+        self._section = section
+        self._offload = HostOffload(ranks.device) if section.offload_layers else None
         shares = config.share_prompts
-        can_share = ranks.device.type == "cpu" or attention_impl in ("triton", "torch", "reference")
+        shares_prefixes = section.attention in ("triton", "torch", "reference")
+        can_share = ranks.device.type == "cpu" or shares_prefixes
         self._share_prompts = can_share if shares is None else shares
 
     def run(
@@ -132,18 +134,20 @@ class PolicyUpdate:
             share_prompts=self._share_prompts,
         )
         return [
-            make_work(pack, self._teams, self._ranks.device, self._attention_impl)
+            make_work(pack, self._teams, self._ranks.device, self._section.attention)
             for pack in placed[self._teams.place]
         ]
 
-    def _hidden(self, model: Decoder, work: Work, *, checkpoint_layers: bool) -> Tensor:
+    def _hidden(self, model: Decoder, work: Work) -> Tensor:
         """Hidden states [R, D] of the positions that predict the completion tokens."""
         device = self._ranks.device
         hidden_TD = model(
             work.batch.input_ids_T.to(device),
             work.batch.position_ids_T.to(device),
             work.attend,
-            checkpoint_layers=checkpoint_layers,
+            checkpoint_layers=self._section.checkpoint_layers,
+            offload=self._offload,
+            mlp_tile_tokens=self._section.mlp_tile_tokens,
         )
         work.check_calls(model.config.layers)
         return hidden_TD[work.batch.row_index_R.to(device)]
@@ -154,7 +158,7 @@ class PolicyUpdate:
         device = self._ranks.device
         return {
             id(work): linear_logprobs(
-                self._hidden(model, work, checkpoint_layers=False),
+                self._hidden(model, work),
                 model.head_weight,
                 work.batch.labels_R.to(device),
                 temperature=self._temperature,
@@ -202,7 +206,7 @@ class PolicyUpdate:
         is_oracle = self._loss_config.impl == "reference"
         shard_tokens_N = batch.sequence_loss_tokens_N
         loss, metrics = linear_policy_loss(
-            self._hidden(self._model, work, checkpoint_layers=self._checkpoint_layers),
+            self._hidden(self._model, work),
             head_weight,
             batch.labels_R.to(device),
             batch.advantages_R.to(device),
@@ -222,7 +226,7 @@ class PolicyUpdate:
             impl=self._loss_config.impl,
         )
         loss.backward()
-        work.check_calls(self._model.config.layers if self._checkpoint_layers else 0)
+        work.check_calls(self._model.config.layers if self._section.checkpoint_layers else 0)
         return loss.detach(), metrics
 
     def _count(self, samples: Sequence[TrainSample]) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import torch
 
 from lwz_kernels.linear_policy_loss.reference import linear_policy_loss_reference
 from lwz_trainer.config.loss import LossConfig
+from lwz_trainer.config.model import ModelSection
 from lwz_trainer.config.parallel import SequencePlan
 from lwz_trainer.config.sections import OptimConfig, UpdateConfig
 from lwz_trainer.errors import TrainingStopped
@@ -49,6 +50,7 @@ def run_update(
     optim: OptimConfig | None = None,
     ref_model: Decoder | None = None,
     loss: LossConfig | None = None,
+    section: ModelSection | None = None,
     **settings: Any,
 ) -> tuple[UpdateMetrics, FlatAdamW]:
     optimizer = FlatAdamW(model, optim or OptimConfig(lr=1e-3, max_grad_norm=0))
@@ -62,8 +64,7 @@ def run_update(
         ref_model=ref_model,
         temperature=TEMPERATURE,
         max_completion_tokens=24,
-        attention_impl="sdpa",
-        checkpoint_layers=False,
+        section=section or ModelSection(attention="sdpa", checkpoint_layers=False),
     )
     return update.run(samples, num_groups=4, lr=1e-3), optimizer
 
@@ -146,25 +147,25 @@ def test_run_does_not_depend_on_packing(tmp_path: Path, loss_type: str) -> None:
         torch.testing.assert_close(other_grad, grad, rtol=1e-3, atol=1e-5 * float(grad.abs().max()))
 
 
-def test_run_with_checkpointed_layers_gives_the_same_gradient(tmp_path: Path) -> None:
+SECTIONS = {
+    "checkpointed": ModelSection(checkpoint_layers=True),
+    "offloaded": ModelSection(checkpoint_layers=True, offload_layers=True),
+    "tiled": ModelSection(checkpoint_layers=False, mlp_tile_tokens=7),
+    "all": ModelSection(checkpoint_layers=True, offload_layers=True, mlp_tile_tokens=7),
+}
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_run_that_saves_memory_gives_the_same_gradient(tmp_path: Path, name: str) -> None:
+    """Three micro-batches of different lengths, so that host buffers are used again."""
     grads = []
-    for checkpoint_layers in (False, True):
+    for section in (ModelSection(checkpoint_layers=False), SECTIONS[name]):
         model, tokenizer = load_tiny(tmp_path)
-        optimizer = FlatAdamW(model, OptimConfig(lr=1e-3))
-        PolicyUpdate(
-            model,
-            optimizer,
-            ALONE,
-            NO_TEAMS,
-            UpdateConfig(),
-            LossConfig(),
-            ref_model=None,
-            temperature=TEMPERATURE,
-            max_completion_tokens=24,
-            attention_impl="auto",
-            checkpoint_layers=checkpoint_layers,
-        ).run(train_samples(model, tokenizer), num_groups=4, lr=1e-3)
+        samples = train_samples(model, tokenizer)
+        _, optimizer = run_update(model, samples, section=section, microbatch_tokens=60)
         grads.append(flat_grad(optimizer))
+    if name in ("checkpointed", "offloaded"):
+        assert torch.equal(grads[1], grads[0])
     torch.testing.assert_close(grads[1], grads[0])
 
 

@@ -19,6 +19,7 @@ import torch.multiprocessing as mp
 
 from lwz_kernels.sequence_parallel import SequenceParallel
 from lwz_trainer.config.loss import LossConfig
+from lwz_trainer.config.model import ModelSection
 from lwz_trainer.config.parallel import ParallelConfig, plan_sequence
 from lwz_trainer.config.sections import OptimConfig, UpdateConfig
 from lwz_trainer.errors import TrainingStopped
@@ -42,7 +43,6 @@ class Case:
     parallel: dict[str, Any]
     loss: dict[str, Any] = field(default_factory=lambda: {"loss_type": "dapo"})
     update: dict[str, Any] = field(default_factory=dict)
-    checkpoint_layers: bool = True
     max_ranks: int = 1
     """The most ranks that a pack of this case lies on."""
 
@@ -128,8 +128,7 @@ def run_case(case: Case, model_dir: Path, rank: int) -> dict[str, Any]:
         else None,
         temperature=0.7,
         max_completion_tokens=100,
-        attention_impl="auto",
-        checkpoint_layers=case.checkpoint_layers,
+        section=ModelSection(offload_layers=True, mlp_tile_tokens=5),
     )
     share = len(LENGTHS) // case.world_size
     samples = make_samples()[rank * share : (rank + 1) * share]
