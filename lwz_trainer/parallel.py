@@ -21,8 +21,9 @@ from lwz_kernels.sequence_parallel import (
 )
 from lwz_trainer.config.parallel import SequencePlan
 from lwz_trainer.errors import UserError
+from lwz_trainer.watch import Watch, is_collective_error, silence_limit
 
-__all__ = ["Ranks", "Teams", "local_world_size", "make_teams", "start_ranks"]
+__all__ = ["Ranks", "Teams", "local_world_size", "make_teams", "start_ranks", "wait_limit"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Ranks:
     world_size: int
     device: torch.device
     group: dist.ProcessGroup | None
+    watch: Watch | None = None
+    """Ends this process when another one is gone."""
 
     @property
     def is_main(self) -> bool:
@@ -58,9 +61,27 @@ class Ranks:
         if self.group is not None:
             dist.barrier(group=self.group)
 
+    def enter(self, phase: str) -> None:
+        """Says what this rank does from now on."""
+        if self.watch is not None:
+            self.watch.enter(phase)
+
     def close(self) -> None:
+        """After the run, on every rank."""
+        if self.watch is not None:
+            self.watch.close()
         if self.group is not None:
             dist.destroy_process_group()
+
+    def abandon(self, error: BaseException) -> None:
+        """Before this rank leaves with an error. After a failed collective it does not return while
+        another rank may still be found to be the reason."""
+        if self.watch is None:
+            return
+        if is_collective_error(error):
+            self.watch.give_up()
+        else:
+            self.watch.end(f"{type(error).__name__}: {error}")
 
     def _all_reduce(self, values: list[float], op: "dist.ReduceOp.RedOpType") -> list[float]:
         if self.group is None:
@@ -107,7 +128,7 @@ def make_teams(plan: SequencePlan, ranks: Ranks, *, timeout_s: float) -> Teams:
     """Makes the groups of every P in use; all ranks call it together, once, at the start."""
     if plan.size == 1:
         return Teams(plan)
-    timeout = timedelta(seconds=timeout_s)
+    timeout = wait_limit(timeout_s)
     groups = make_sequence_groups(plan.size, timeout=timeout)
     exchanges: dict[int, tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]] = {}
     for num_ranks, (scheme, ulysses_ranks) in plan.schemes.items():
@@ -145,10 +166,26 @@ def start_ranks(*, device: str, num_threads: int, timeout_s: float) -> Ranks:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(num_threads or max(1, (cores or 1) // local_ranks))
     target = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
-    group = None
-    if world_size > 1:
-        dist.init_process_group(
-            "nccl" if use_cuda else "gloo", timeout=timedelta(seconds=timeout_s)
-        )
-        group = dist.group.WORLD
-    return Ranks(rank=rank, world_size=world_size, device=target, group=group)
+    if world_size == 1:
+        return Ranks(rank=rank, world_size=world_size, device=target, group=None)
+    dist.init_process_group("nccl" if use_cuda else "gloo", timeout=wait_limit(timeout_s))
+    # A connection of its own: the process group's may be blocked for as long as a rank is awaited.
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=silence_limit(timeout_s)),
+    )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    watch = Watch(
+        store, rank=rank, world_size=world_size, timeout_s=timeout_s, prefix=f"watch/{attempt}"
+    )
+    dist.barrier()  # every rank has made its Watch
+    watch.start()
+    return Ranks(rank, world_size, target, dist.group.WORLD, watch)
+
+
+def wait_limit(timeout_s: float) -> timedelta:
+    """How long a collective may wait, so that the rank awaited is named within `timeout_s`."""
+    return timedelta(seconds=timeout_s / 2)

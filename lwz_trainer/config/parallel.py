@@ -23,8 +23,8 @@ class ParallelConfig:
     """Keep AdamW's moments and the masters' lower halves of 1/N of the parameters on each of the N
     ranks (ZeRO stage 1); weights and gradients stay whole."""
     timeout_s: float = 1800.0
-    """A collective that waits, or a rank that gives no sign of life, longer than this ends the run;
-    a process that is gone is noticed after 20 seconds."""
+    """Within this time of a rank's death or stall every other rank has named it and left: a
+    collective waits half of it, a process may be silent an eighth, at most 20 s."""
 
     def __post_init__(self) -> None:
         if self.sequence != "auto" and not _is_power_of_two(self.sequence):

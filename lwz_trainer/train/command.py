@@ -1,23 +1,31 @@
 """The `train` command line."""
 
+import argparse
+
 from lwz_trainer.config.reading import parse_command_line
 from lwz_trainer.config.train import TrainConfig
+from lwz_trainer.errors import UserError
 
 __all__ = ["train_command"]
 
 
 def train_command(argv: list[str]) -> None:
-    """`[CONFIG.yaml] [--section.field=value …] [--dry-run]`."""
-    is_dry_run = "--dry-run" in argv
-    config = parse_command_line(
-        TrainConfig,
-        [argument for argument in argv if argument != "--dry-run"],
-        prog="lwz_trainer train",
-    )
-    if is_dry_run:
+    """`[CONFIG.yaml] [--section.field=value …] [--dry-run [--ranks=N] [--device-gb=X]]`."""
+    parser = argparse.ArgumentParser(prog="lwz_trainer train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--ranks", type=int)
+    parser.add_argument("--device-gb", type=float)
+    asked, rest = parser.parse_known_args(argv)
+    if not asked.dry_run and (asked.ranks is not None or asked.device_gb is not None):
+        raise UserError("--ranks and --device-gb belong to --dry-run: add that, or use torchrun")
+    for name, value in (("--ranks", asked.ranks), ("--device-gb", asked.device_gb)):
+        if value is not None and value <= 0:
+            raise UserError(f"{name} must be above 0, got {value}")
+    config = parse_command_line(TrainConfig, rest, prog="lwz_trainer train")
+    if asked.dry_run:
         from lwz_trainer.train.forecast import print_forecast
 
-        print_forecast(config)
+        print_forecast(config, num_ranks=asked.ranks, device_gb=asked.device_gb)
         return
     from lwz_trainer.train.loop import run_train
 

@@ -1,24 +1,26 @@
 """`--dry-run`: the resolved configuration and what a step will need, before anything is loaded.
 
-Memory is counted from the shapes. Time is one matrix product measured on this machine, scaled by
-the arithmetic of a step in which every completion is as long as it may be: an upper estimate.
+Memory is counted from the shapes; `--ranks N --device-gb X` ask for N ranks of X GB each instead of
+those that are here. Time is one matrix product measured on this machine, scaled by the arithmetic of
+a step in which every completion is as long as it may be: an upper estimate.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from lwz_kernels.loss_head import default_chunk_bytes
+from lwz_trainer.config.parallel import SequencePlan, plan_sequence
 from lwz_trainer.config.reading import dump_config
 from lwz_trainer.config.train import TrainConfig
 from lwz_trainer.model.architecture import ModelConfig
 from lwz_trainer.model.linear import linear, resolve_dtype
 from lwz_trainer.model.loading import load_hf_config, load_tokenizer
 from lwz_trainer.model.source import resolve_model_dir
-from lwz_trainer.parallel import Ranks, start_ranks
+from lwz_trainer.parallel import Ranks, local_world_size, start_ranks
 from lwz_trainer.rollout.kv_cache import num_pages_for
 from lwz_trainer.train.prompt_set import PromptSet
 
@@ -26,6 +28,8 @@ __all__ = ["MemoryForecast", "forecast_memory", "num_parameters", "print_forecas
 
 
 PROBE_ROWS = 512
+# Left free of a device: its context, libraries' workspaces, and gaps between tensors.
+SPARE_FRAC = 0.05
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,28 @@ class MemoryForecast:
     always: dict[str, int]
     rollout: dict[str, int]
     update: dict[str, int]
+    host: dict[str, int] = field(default_factory=dict)
+    """In host memory; not part of the peak."""
 
     @property
     def peak(self) -> int:
         phases = (sum(self.rollout.values()), sum(self.update.values()))
         return sum(self.always.values()) + max(phases)
+
+    def misfits(self, device_bytes: int) -> list[str]:
+        """For each phase that needs more than the device can give: how much, and what for."""
+        usable = int(device_bytes * (1 - SPARE_FRAC))
+        found = []
+        for phase, owners in (("rollout", self.rollout), ("update", self.update)):
+            everything = self.always | owners
+            needed = sum(everything.values())
+            if needed > usable:
+                largest = sorted(everything, key=lambda owner: -everything[owner])[:2]
+                parts = ", ".join(f"{o} {everything[o] / 1e9:,.1f} GB" for o in largest)
+                found.append(
+                    f"{phase}: {needed / 1e9:,.1f} GB of {usable / 1e9:,.1f} GB; largest: {parts}"
+                )
+        return found
 
 
 def num_parameters(model: ModelConfig) -> int:
@@ -59,69 +80,160 @@ def forecast_memory(
     dtype: torch.dtype,
     device: torch.device,
     longest_prompt: int,
+    num_ranks: int = 1,
+    ranks_per_node: int = 1,
 ) -> MemoryForecast:
-    """What one rank holds, from the shapes alone."""
+    """What one rank of `num_ranks` holds, from the shapes alone."""
     size = dtype.itemsize
     count = num_parameters(model)
-    always = {"weights": count * size, "gradients, fp32": 4 * count, "AdamW moments": 8 * count}
+    shards = num_ranks if config.parallel.shard_optimizer else 1
+    always = {"weights": count * size, "AdamW moments": 8 * count // shards}
     if dtype != torch.float32:
-        always["lower halves of the masters"] = 2 * count
+        always["lower halves of the masters"] = 2 * count // shards
     if config.loss.kl_coef > 0:
         always["reference model"] = count * size
-    rollout, update = config.rollout, config.update
-    rows = min(rollout.max_num_seqs, config.data.prompts_per_step * rollout.group_size)
+    rollout = config.rollout
+    per_rank = -(-config.data.prompts_per_step * rollout.group_size // num_ranks)
+    rows = min(rollout.max_num_seqs, per_rank)
     page_bytes = 2 * model.layers * rollout.page_size * model.kv_heads * model.head_dim * size
-    tokens = longest_prompt + rollout.max_completion_tokens
-    pages = (num_pages_for(tokens, rollout.page_size) + 1) * (rows + 1)
+    longest = longest_prompt + rollout.max_completion_tokens
+    pages = (num_pages_for(longest, rollout.page_size) + 1) * (rows + 1)
     if rollout.kv_cache_tokens:
         pages = num_pages_for(rollout.kv_cache_tokens, rollout.page_size)
-    qkv = (model.heads + 2 * model.kv_heads) * model.head_dim
-    one_layer = 6 * model.hidden + 3 * qkv + 4 * model.ff
-    kept = model.layers * (model.hidden if config.model.checkpoint_layers else one_layer)
+    plan = plan_sequence(
+        config.parallel,
+        heads=model.heads,
+        kv_heads=model.kv_heads,
+        num_ranks=num_ranks,
+        ranks_per_node=ranks_per_node,
+    )
+    sharers = plan.num_ranks_for(longest, config.update.microbatch_tokens)
+    tokens = max(config.update.microbatch_tokens, -(-longest // sharers))
+    kept = tokens * model.layers * model.hidden * size
+    is_offloaded = config.model.offload_layers
+    update = {
+        "gradients, fp32": 4 * count,
+        "activations of one layer": tokens * _layer_width(config, model) * size
+        + _mlp_bytes(config, model, tokens, size),
+        "hidden states and their gradient": 3 * tokens * model.hidden * size,
+        "logits of one chunk": _logits_bytes(config, model, dtype, device, tokens),
+    }
+    if config.model.checkpoint_layers:
+        # On the way out or in: the layer at hand, and its neighbour.
+        update["inputs of all layers"] = 2 * kept // model.layers if is_offloaded else kept
+    else:
+        update["activations of the other layers"] = (model.layers - 1) * tokens * size * (
+            _kept_width(model)
+        )
+    if sharers > 1:
+        update["exchange between ranks"] = _exchange_bytes(plan, sharers, model, tokens, size)
     return MemoryForecast(
         always=always,
         rollout={
             "KV cache": pages * page_bytes,
             "logits of one decode step": 3 * rows * model.vocab_size * 4,
         },
-        update={
-            "activations": update.microbatch_tokens * (kept + one_layer) * size,
-            "logits of one chunk": _logits_bytes(config, model, dtype, device),
-        },
+        update=update,
+        host={"inputs of all layers": kept} if is_offloaded else {},
     )
 
 
+def _layer_width(config: TrainConfig, model: ModelConfig) -> int:
+    """Values a token that one layer holds at its peak, in backward, without its feed-forward.
+
+    The counts were read off the peak of live bytes, see tests/trainer/test_forecast.py.
+    """
+    queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    tables = 2 * model.head_dim
+    if config.model.mlp_tile_tokens:  # then the peak lies in the attention's backward
+        return 4 * model.hidden + 4 * queries + 5 * keys + tables
+    return 7 * model.hidden + queries + tables
+
+
+def _mlp_bytes(config: TrainConfig, model: ModelConfig, tokens: int, size: int) -> int:
+    """Feed-forward values of the tokens at hand, and with tiles the fp32 sums over them."""
+    tile = config.model.mlp_tile_tokens
+    if not tile:
+        return tokens * 6 * model.ff * size
+    return min(tile, tokens) * 6 * model.ff * size + 3 * model.ff * model.hidden * 4
+
+
+def _kept_width(model: ModelConfig) -> int:
+    """Values a token that a layer without checkpoint keeps for its backward."""
+    qkv = (model.heads + 2 * model.kv_heads) * model.head_dim
+    return 6 * model.hidden + 3 * qkv + 4 * model.ff
+
+
+def _exchange_bytes(
+    plan: SequencePlan, sharers: int, model: ModelConfig, tokens: int, size: int
+) -> int:
+    """Buffers of one layer's attention over `sharers` ranks with `tokens` tokens each, backward."""
+    scheme, ulysses_ranks = plan.schemes[sharers]
+    queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    heads_ranks = sharers if scheme == "ulysses" else ulysses_ranks or 1
+    total = 0
+    if heads_ranks > 1:  # q, k, v and their way back, each sent and received
+        spread = max(model.kv_heads, heads_ranks) * model.head_dim
+        total += tokens * (4 * queries + 4 * spread) * size
+    if scheme == "ring":  # travelling keys and values, and their gradients in fp32
+        total += tokens * 2 * keys * (2 * size + 3 * 4)
+    elif scheme != "ulysses":  # one head of the stream: twice gathered, in order, fp32 gradients
+        total += sharers * tokens * 2 * model.head_dim * (3 * size + 2 * 4)
+    return total
+
+
 def _logits_bytes(
-    config: TrainConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device
+    config: TrainConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device, tokens: int
 ) -> int:
     """One chunk of fp32 logits, turned into their gradient in place, and on a CPU an fp32 head."""
     if config.loss.impl == "reference":  # logits, log-softmax and their gradients
-        return 4 * 4 * config.update.microbatch_tokens * model.vocab_size
+        return 4 * 4 * tokens * model.vocab_size
     chunk = config.loss.chunk_bytes or default_chunk_bytes(device)
     is_copied = device.type == "cpu" and dtype != torch.float32
     return chunk + 4 * model.vocab_size * model.hidden * is_copied
 
 
-def print_forecast(config: TrainConfig) -> None:
-    """Prints the configuration, memory by phase, and time of a step."""
+def print_forecast(
+    config: TrainConfig, *, num_ranks: int | None = None, device_gb: float | None = None
+) -> None:
+    """Prints the configuration, memory by phase, and time of a step.
+
+    Args:
+        config: of the run.
+        num_ranks: to forecast for, 8 on a node; None: those that were started.
+        device_gb: memory of each rank's GPU in units of 1e9 bytes; None: of the GPU that is here.
+    """
     ranks = start_ranks(
         device=config.device,
         num_threads=config.num_threads,
         timeout_s=config.parallel.timeout_s,
     )
+    device = ranks.device if device_gb is None else torch.device("cuda")
     model_dir = resolve_model_dir(config.model.path)
     model = ModelConfig.from_hf(load_hf_config(model_dir))
     prompts = PromptSet(config, load_tokenizer(model_dir), model.max_positions)
-    dtype = resolve_dtype(config.model.dtype, ranks.device)
+    dtype = resolve_dtype(config.model.dtype, device)
+    world_size = num_ranks or ranks.world_size
     memory = forecast_memory(
-        config, model, dtype=dtype, device=ranks.device, longest_prompt=prompts.longest
+        config,
+        model,
+        dtype=dtype,
+        device=device,
+        longest_prompt=prompts.longest,
+        num_ranks=world_size,
+        ranks_per_node=local_world_size() if num_ranks is None else min(num_ranks, 8),
     )
     rollout_s, update_s = _forecast_seconds(config, model, ranks, dtype, prompts.longest)
     if not ranks.is_main:
         return
     console = Console(highlight=False)
     console.print(dump_config(config), markup=False)
-    console.print(_memory_table(memory, ranks))
+    total = None if device_gb is None else int(device_gb * 1e9)
+    if total is None and ranks.device.type == "cuda":
+        total = torch.cuda.get_device_properties(ranks.device).total_memory
+    console.print(_memory_table(memory, total, world_size))
+    for misfit in memory.misfits(total) if total else []:
+        console.print(f"DOES NOT FIT, {misfit}", markup=False)
     console.print(
         f"A step takes at most about {rollout_s + update_s:,.0f} s on this machine's "
         f"{ranks.device.type} (rollout {rollout_s:,.0f} s, update {update_s:,.0f} s) if every "
@@ -130,21 +242,22 @@ def print_forecast(config: TrainConfig) -> None:
     )
 
 
-def _memory_table(memory: MemoryForecast, ranks: Ranks) -> Table:
-    table = Table("memory on each rank", "phase", "GB", title="Forecast")
+def _memory_table(memory: MemoryForecast, device_bytes: int | None, world_size: int) -> Table:
+    title = f"Forecast, {world_size} rank{'s' if world_size > 1 else ''}"
+    table = Table("memory on each rank", "phase", "GB", title=title)
     for phase, owners in (
         ("always", memory.always),
         ("rollout", memory.rollout),
         ("update", memory.update),
+        ("host, update", memory.host),
     ):
         for owner, size in owners.items():
             table.add_row(owner, phase, f"{size / 1e9:,.2f}")
     table.add_section()
     table.add_row("peak", "", f"{memory.peak / 1e9:,.2f}")
-    if ranks.device.type == "cuda":
-        total = torch.cuda.get_device_properties(ranks.device).total_memory
-        fits = "fits" if memory.peak < total else "DOES NOT FIT"
-        table.add_row("the GPU has", fits, f"{total / 1e9:,.2f}")
+    if device_bytes is not None:
+        fits = "does not fit" if memory.misfits(device_bytes) else "fits"
+        table.add_row("the GPU has", fits, f"{device_bytes / 1e9:,.2f}")
     return table
 
 

@@ -62,8 +62,10 @@ def run_train(config: TrainConfig) -> None:
     stop.install()
     try:
         Trainer(config, ranks, stop).train()
-    finally:
-        ranks.close()
+    except BaseException as error:
+        ranks.abandon(error)
+        raise
+    ranks.close()
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,9 @@ class Trainer:
     def _sample(self) -> _Rollout | None:
         """This rank's groups from the current weights."""
         started = time.perf_counter()
+        self._ranks.enter(f"sampling, step {self._step + 1}")
         self._assert_same_addresses()
+        self._optimizer.release_grads()
         groups = self._prompts.step_groups(
             self._step, rank=self._ranks.rank, world_size=self._ranks.world_size
         )
@@ -217,6 +221,7 @@ class Trainer:
 
     def _score(self, rollout: _Rollout) -> tuple[list[RewardParts], GroupAdvantages]:
         """Rewards of this rank's samples, and advantages of all groups of the step."""
+        self._ranks.enter(f"scoring, step {self._step + 1}")
         prompt_of = {group.request.group: group.prompt for group in rollout.groups}
         parts = self._scorer.score_samples(
             [
@@ -248,6 +253,7 @@ class Trainer:
     def _update_policy(
         self, rollout: _Rollout, advantages: GroupAdvantages, lr: float
     ) -> UpdateMetrics:
+        self._ranks.enter(f"updating, step {self._step + 1}")
         advantages_S = advantages.advantages_PG.flatten()
         train_samples = [
             TrainSample(
@@ -280,6 +286,7 @@ class Trainer:
         lr: float,
     ) -> dict[str, Any]:
         """Writes all ranks' samples and returns the step's metrics, on every rank."""
+        self._ranks.enter(f"recording step {self._step}")
         stats = rollout.stats
         everything = [record for part in self._ranks.gather(records) for record in part]
         everything.sort(key=lambda record: (record["group"], record["member"]))
@@ -333,6 +340,7 @@ class Trainer:
         """A checkpoint of the last complete step, unless it exists."""
         if self._step == self._saved_step or self._step == 0:
             return
+        self._ranks.enter(f"saving step {self._step}")
         self._checkpoints.save(
             self._optimizer.state_dict(),
             Progress(self._step, self._policy_version, self._engine.expected_completion_tokens),

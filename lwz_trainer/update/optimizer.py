@@ -184,8 +184,15 @@ class FlatAdamW:
         return [flat.grad for flat in self._flats]
 
     def zero_grad(self) -> None:
+        """Sets the gradients to 0, and takes their memory back if it was released."""
         for grad in self.grads:
+            grad.untyped_storage().resize_(grad.numel() * grad.element_size())
             grad.zero_()
+
+    def release_grads(self) -> None:
+        """Gives the gradients' memory to others until `zero_grad`; their views stay valid."""
+        for grad in self.grads:
+            grad.untyped_storage().resize_(0)
 
     def reduce_grads(self, group: dist.ProcessGroup | None) -> Tensor:
         """Sums gradients over ranks; the loss is already divided by global counts.
