@@ -1,8 +1,8 @@
 """`--dry-run`: the resolved configuration and what a step will need, before anything is loaded.
 
 Memory is counted from the shapes; `--ranks N --device-gb X` ask for N ranks of X GB each instead of
-those that are here. Time is one matrix product measured on this machine, scaled by the arithmetic of
-a step in which every completion is as long as it may be: an upper estimate.
+those that are here. Time is one matrix product measured on this machine, scaled by the arithmetic
+of a step in which every completion is as long as it may be: an upper estimate.
 """
 
 import time
@@ -20,7 +20,7 @@ from lwz_trainer.model.architecture import ModelConfig
 from lwz_trainer.model.linear import linear, resolve_dtype
 from lwz_trainer.model.loading import load_hf_config, load_tokenizer
 from lwz_trainer.model.source import resolve_model_dir
-from lwz_trainer.parallel import Ranks, local_world_size, start_ranks
+from lwz_trainer.parallel import local_world_size, start_ranks
 from lwz_trainer.rollout.kv_cache import num_pages_for
 from lwz_trainer.train.prompt_set import PromptSet
 
@@ -122,8 +122,8 @@ def forecast_memory(
         # On the way out or in: the layer at hand, and its neighbour.
         update["inputs of all layers"] = 2 * kept // model.layers if is_offloaded else kept
     else:
-        update["activations of the other layers"] = (model.layers - 1) * tokens * size * (
-            _kept_width(model)
+        update["activations of the other layers"] = (
+            (model.layers - 1) * tokens * size * (_kept_width(model))
         )
     if sharers > 1:
         update["exchange between ranks"] = _exchange_bytes(plan, sharers, model, tokens, size)
@@ -223,7 +223,14 @@ def print_forecast(
         num_ranks=world_size,
         ranks_per_node=local_world_size() if num_ranks is None else min(num_ranks, 8),
     )
-    rollout_s, update_s = _forecast_seconds(config, model, ranks, dtype, prompts.longest)
+    rollout_s, update_s = _forecast_seconds(
+        config,
+        model,
+        resolve_dtype(config.model.dtype, ranks.device),
+        ranks.device,
+        prompts.longest,
+        world_size,
+    )
     if not ranks.is_main:
         return
     console = Console(highlight=False)
@@ -262,24 +269,35 @@ def _memory_table(memory: MemoryForecast, device_bytes: int | None, world_size: 
 
 
 def _forecast_seconds(
-    config: TrainConfig, model: ModelConfig, ranks: Ranks, dtype: torch.dtype, longest_prompt: int
+    config: TrainConfig,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    longest_prompt: int,
+    num_ranks: int,
 ) -> tuple[float, float]:
-    """Rollout and update of one step, from one measured matrix product of each kind."""
+    """Rollout and update of one step, from one measured matrix product of each kind.
+
+    Attention counts as if its keys, and its arithmetic, were further weights: half of a sequence's
+    tokens on average, keys and values read in decode, two products in the update.
+    """
     count = num_parameters(model)
-    per_rank = config.data.prompts_per_step * config.rollout.group_size / ranks.world_size
+    tokens = config.rollout.max_completion_tokens + longest_prompt
+    per_rank = config.data.prompts_per_step * config.rollout.group_size / num_ranks
     rows = max(1, min(config.rollout.max_num_seqs, int(per_rank)))
-    weight = torch.randn(model.ff, model.hidden, dtype=dtype, device=ranks.device)
-    decode_s = _seconds_of(weight, rows) * count / weight.numel()
+    weight = torch.randn(model.ff, model.hidden, dtype=dtype, device=device)
+    keys = rows * tokens * model.layers * model.kv_heads * model.head_dim
+    decode_s = _seconds_of(weight, rows) * (count + keys) / weight.numel()
     waves = per_rank / rows
     rollout_s = waves * config.rollout.max_completion_tokens * decode_s
-    row_s = _seconds_of(weight, PROBE_ROWS) / PROBE_ROWS * count / weight.numel()
+    products = count + tokens * model.layers * model.heads * model.head_dim
+    row_s = _seconds_of(weight, PROBE_ROWS) / PROBE_ROWS * products / weight.numel()
     passes = 4 if config.model.checkpoint_layers else 3
     if config.update.num_epochs * config.update.num_minibatches > 1:
         passes += 1
     if config.loss.kl_coef > 0:
         passes += 1
-    tokens = per_rank * (config.rollout.max_completion_tokens + longest_prompt)
-    return rollout_s, tokens * passes * row_s * config.update.num_epochs
+    return rollout_s, per_rank * tokens * passes * row_s * config.update.num_epochs
 
 
 def _seconds_of(weight: torch.Tensor, rows: int) -> float:

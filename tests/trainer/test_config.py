@@ -8,8 +8,6 @@ import pytest
 
 from lwz_trainer.config.reading import dump_config, load_config, parse_command_line
 from lwz_trainer.config.train import TrainConfig
-from lwz_trainer.train.forecast import forecast_memory, num_parameters
-from tests.trainer.rollout_case import load_tiny
 from tests.trainer.train_case import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -68,25 +66,3 @@ def test_every_field_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
     help_text = capsys.readouterr().out
     for name, _ in all_fields(TrainConfig):
         assert f"--{name}".replace("_", "-") in help_text.replace("_", "-"), name
-
-
-def test_num_parameters_counts_what_the_model_has(tmp_path: Path) -> None:
-    for family in ("llama", "qwen2", "qwen3"):
-        model, _ = load_tiny(tmp_path, family)
-        assert num_parameters(model.config) == sum(p.numel() for p in model.parameters())
-
-
-def test_forecast_memory_counts_16_bytes_a_parameter(tmp_path: Path) -> None:
-    import torch
-
-    model, _ = load_tiny(tmp_path)
-    config = TrainConfig()
-    wide, half = (
-        forecast_memory(
-            config, model.config, dtype=dtype, device=torch.device("cpu"), longest_prompt=100
-        )
-        for dtype in (torch.float32, torch.bfloat16)
-    )
-    count = num_parameters(model.config)
-    assert sum(wide.always.values()) == 16 * count
-    assert sum(half.always.values()) == 16 * count
