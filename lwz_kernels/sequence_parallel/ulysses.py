@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from lwz_kernels.attention import SegmentTable, attention
 from lwz_kernels.sequence_parallel.communication import all_to_all, transpose_ranks, wide_dtype
 
-__all__ = ["gather_heads", "scatter_heads", "ulysses_attention"]
+__all__ = ["gather_heads", "merge_heads", "pack_heads", "scatter_heads", "ulysses_attention"]
 
 
 def ulysses_attention(
@@ -78,7 +78,27 @@ def scatter_heads(
 def gather_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[T, H / P, ...] to [n, H, ...]: the way back of `scatter_heads`, in one collective."""
     num_ranks = dist.get_world_size(group)
-    received_SN = all_to_all(x.reshape(num_ranks, -1, *x.shape[1:]), group)
+    return merge_heads(all_to_all(x.reshape(num_ranks, -1, *x.shape[1:]), group))
+
+
+def pack_heads(q: Tensor, k: Tensor, v: Tensor, num_ranks: int) -> Tensor:
+    """What `scatter_heads` sends: [P, n, H / P + 2 · max(J / P, 1), K], a row for each rank."""
+    tokens, heads, size = q.shape
+    kv_heads = k.shape[1]
+    own, own_kv = heads // num_ranks, max(kv_heads // num_ranks, 1)
+    send_SNHK = q.new_empty((num_ranks, tokens, own + 2 * own_kv, size))
+    q_SNHK, k_SNJK, v_SNJK = send_SNHK.split((own, own_kv, own_kv), 2)
+    q_SNHK.copy_(q.reshape(tokens, num_ranks, own, size).transpose(0, 1))
+    copies = max(num_ranks // kv_heads, 1)
+    for target_SNJK, x in ((k_SNJK, k), (v_SNJK, v)):
+        # [n, J, K] as [P / copies, 1, n, own_kv, K]: neighbours share a head.
+        x_S1NJK = x.reshape(tokens, -1, 1, own_kv, size).permute(1, 2, 0, 3, 4)
+        target_SNJK.unflatten(0, (-1, copies)).copy_(x_S1NJK)
+    return send_SNHK
+
+
+def merge_heads(received_SN: Tensor) -> Tensor:
+    """What `gather_heads` received, [P, n, H / P, ...], as [n, H, ...]."""
     return received_SN.transpose(0, 1).flatten(1, 2)
 
 
@@ -88,18 +108,9 @@ class _ScatterHeads(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup
     ) -> tuple[Tensor, Tensor, Tensor]:
         num_ranks = dist.get_world_size(group)
-        tokens, heads, size = q.shape
-        kv_heads = k.shape[1]
-        own, own_kv = heads // num_ranks, max(kv_heads // num_ranks, 1)
-        send_SNHK = q.new_empty((num_ranks, tokens, own + 2 * own_kv, size))
-        q_SNHK, k_SNJK, v_SNJK = send_SNHK.split((own, own_kv, own_kv), 2)
-        q_SNHK.copy_(q.reshape(tokens, num_ranks, own, size).transpose(0, 1))
-        copies = max(num_ranks // kv_heads, 1)
-        for target_SNJK, x in ((k_SNJK, k), (v_SNJK, v)):
-            # [n, J, K] as [P / copies, 1, n, own_kv, K]: neighbours share a head.
-            x_S1NJK = x.reshape(tokens, -1, 1, own_kv, size).permute(1, 2, 0, 3, 4)
-            target_SNJK.unflatten(0, (-1, copies)).copy_(x_S1NJK)
-        ctx.group, ctx.kv_heads = group, kv_heads
+        own, own_kv = q.shape[1] // num_ranks, max(k.shape[1] // num_ranks, 1)
+        send_SNHK = pack_heads(q, k, v, num_ranks)
+        ctx.group, ctx.kv_heads = group, k.shape[1]
         stream_THK = transpose_ranks(send_SNHK, group).flatten(0, 1)
         return stream_THK.split((own, own_kv, own_kv), 1)  # views, without a copy
 

@@ -1,7 +1,5 @@
 """Layouts of sequence parallelism: pure functions of document lengths and ranks."""
 
-import random
-from collections.abc import Callable
 from itertools import chain, pairwise
 
 import pytest
@@ -9,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.sequence_parallel.mixes import packed_mixes
 from lwz_kernels.sequence_parallel import (
     SequenceLayout,
     make_layout,
@@ -141,36 +140,13 @@ def test_make_layout_assigns_every_rank_eight_chunks() -> None:
     assert [len(held) for held in layout.chunks] == [CHUNKS_PER_RANK] * 4
 
 
-def fill(total: int, draw: Callable[[], int]) -> list[int]:
-    lengths: list[int] = []
-    while sum(lengths) < total:
-        lengths.append(min(draw(), total - sum(lengths)))
-    return lengths
-
-
-def packed_mixes(seed: int) -> dict[str, list[int]]:
-    """Packs of a training run: one long text, texts of a budget, long tails, and their mixture."""
-    rng = random.Random(seed)
-    mixes = {
-        "one": [65536],
-        "budget": fill(65536, lambda: rng.randint(9000, 15000)),
-        "uniform": fill(65536, lambda: rng.randint(500, 20000)),
-        "tail": fill(131072, lambda: int(min(65536, max(16, rng.lognormvariate(8, 1.2))))),
-        "half": [32768, *fill(32768, lambda: rng.randint(100, 2000))],
-        "short": fill(32768, lambda: rng.randint(50, 1500)),
-    }
-    for lengths in mixes.values():
-        rng.shuffle(lengths)
-    return mixes
-
-
 @pytest.mark.parametrize("num_ranks", [2, 4, 8, 16])
 @pytest.mark.parametrize("window_size", [None, 4096])
 def test_gather_kv_imbalance_on_packed_mixes_is_at_most_5_percent(
     num_ranks: int, window_size: int | None
 ) -> None:
     for seed in range(10):
-        for name, lengths in packed_mixes(seed).items():
+        for name, lengths in packed_mixes(seed=seed).items():
             layout = make_layout(lengths, num_ranks, "gather_kv", window_size=window_size)
             assert layout.imbalance(window_size) <= 1.05, (name, seed)
 
@@ -186,7 +162,7 @@ def zigzag_imbalance(lengths: list[int], num_ranks: int) -> float:
 
 
 def test_gather_kv_balances_packs_that_zigzag_does_not() -> None:
-    lengths = packed_mixes(0)["half"]
+    lengths = packed_mixes()["half"]
     assert zigzag_imbalance(lengths, 8) > 1.3
     assert zigzag_imbalance([65536], 8) == pytest.approx(1.0, abs=1e-3)
     assert make_layout(lengths, 8, "gather_kv").imbalance() <= 1.01
@@ -195,7 +171,7 @@ def test_gather_kv_balances_packs_that_zigzag_does_not() -> None:
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])
 def test_ring_steps_are_balanced_on_packed_mixes(num_ranks: int) -> None:
     """A hop ends with its slowest rank, so the sum over hops of the maximum counts."""
-    for name, lengths in packed_mixes(0).items():
+    for name, lengths in packed_mixes().items():
         layout = make_layout(lengths, num_ranks, "ring")
         busiest = total = 0
         for hop in range(num_ranks):
