@@ -47,6 +47,7 @@ for shape in 16384,1536,151936 16384,3584,152064 16384,5120,152064; do
     --csv "$out/loss_head_gpu.csv" --plot "$out/loss_head_gpu.svg"
 done
 part attention python3 -m bench.attention "${commit[@]}" --preset gpu --csv "$out/attention_gpu.csv"
+part sequence_parallel python3 -m bench.sequence_parallel --csv "$out/sequence_parallel.csv"
 if [ -f "$out/loss_head_gpu.csv" ]; then
   part table "${bench[@]}" --csv "$out/loss_head_gpu.csv" --table
 fi

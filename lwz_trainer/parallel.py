@@ -19,11 +19,19 @@ from lwz_kernels.sequence_parallel import (
     make_sequence_groups,
     make_two_d_groups,
 )
-from lwz_trainer.config.parallel import SequencePlan
+from lwz_trainer.config.parallel import ParallelConfig, SequencePlan, plan_sequence
 from lwz_trainer.errors import UserError
 from lwz_trainer.watch import Watch, is_collective_error, silence_limit
 
-__all__ = ["Ranks", "Teams", "local_world_size", "make_teams", "start_ranks", "wait_limit"]
+__all__ = [
+    "Ranks",
+    "Teams",
+    "local_world_size",
+    "make_teams",
+    "start_ranks",
+    "start_teams",
+    "wait_limit",
+]
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,22 @@ def make_teams(plan: SequencePlan, ranks: Ranks, *, timeout_s: float) -> Teams:
         else:
             exchanges[num_ranks] = (None, groups[num_ranks])
     return Teams(plan, ranks.rank % plan.size, groups, exchanges)
+
+
+def start_teams(config: ParallelConfig, ranks: Ranks, *, heads: int, kv_heads: int) -> Teams:
+    """Teams for a model's heads; all ranks call it together.
+
+    Raises:
+        UserError: what `plan_sequence` refuses.
+    """
+    plan = plan_sequence(
+        config,
+        heads=heads,
+        kv_heads=kv_heads,
+        num_ranks=ranks.world_size,
+        ranks_per_node=local_world_size(),
+    )
+    return make_teams(plan, ranks, timeout_s=config.timeout_s)
 
 
 def local_world_size() -> int:

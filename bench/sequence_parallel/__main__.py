@@ -52,7 +52,7 @@ class Preset:
 
 PRESETS = {
     "cpu": Preset(1024, (2, 4), Heads(4, 2, 16), torch.float32, 0.02),
-    "gpu": Preset(65536, (2, 4, 8, 16, 32, 64), Heads(32, 8, 128), torch.bfloat16, 0.5),
+    "gpu": Preset(65536, (2, 4, 8, 16, 32, 64), Heads(32, 8, 128), torch.bfloat16, 0.05),
 }
 # NVLink 4 and 400 Gb/s InfiniBand, nominal, of which 0.8 is assumed to be reached.
 LINKS = Links(node_gb_per_s=0.8 * 450, network_gb_per_s=0.8 * 50, ranks_per_node=8)

@@ -81,8 +81,11 @@ def rank_works(layout: SequenceLayout, pack: Pack) -> list[RankWork]:
     if layout.scheme == "ulysses":
         return [_ulysses_work(layout, pack)]
     if layout.scheme == "ring":
-        return [_ring_work(layout, pack, rank) for rank in range(layout.num_ranks)]
-    return [_gather_work(layout, pack, rank) for rank in range(layout.kv_ranks)]
+        stripes = [_stripe(pack, layout, rank) for rank in range(layout.num_ranks)]
+        return [_ring_work(layout, stripes, rank) for rank in range(layout.num_ranks)]
+    num_kv = max(pack.k.shape[1] // layout.ulysses_ranks, 1)
+    keys = [tuple(x[:, j : j + 1].contiguous() for x in (pack.k, pack.v)) for j in range(num_kv)]
+    return [_gather_work(layout, pack, keys, rank) for rank in range(layout.kv_ranks)]
 
 
 def _attend(
@@ -125,7 +128,9 @@ def _ulysses_work(layout: SequenceLayout, pack: Pack) -> RankWork:
     return RankWork(0, forward, backward, _relayout(layout, pack), pairs, tokens, heads)
 
 
-def _gather_work(layout: SequenceLayout, pack: Pack, kv_rank: int) -> RankWork:
+def _gather_work(
+    layout: SequenceLayout, pack: Pack, keys: list[tuple[Tensor, ...]], kv_rank: int
+) -> RankWork:
     """A KV rank's chunks against the whole stream, a KV head at a time."""
     ranks = layout.ulysses_ranks
     plan = GatherPlan(layout, kv_rank, pack.q.device)
@@ -133,14 +138,13 @@ def _gather_work(layout: SequenceLayout, pack: Pack, kv_rank: int) -> RankWork:
     tokens = torch.tensor(
         [t for rank in range(first, first + ranks) for t in layout.shard_index(rank)]
     )
-    num_heads, num_kv = pack.q.shape[1] // ranks, max(pack.k.shape[1] // ranks, 1)
-    shared = num_heads // num_kv
+    num_heads = pack.q.shape[1] // ranks
+    shared = num_heads // len(keys)
     index = tokens.to(pack.q.device)
     q, dout = (x.index_select(0, index)[:, :num_heads] for x in (pack.q, pack.dout))
     passes = []
-    for head in range(num_kv):
+    for head, (k, v) in enumerate(keys):
         queries = slice(head * shared, (head + 1) * shared)
-        k, v = (x[:, head : head + 1].contiguous() for x in (pack.k, pack.v))
         passes.append(_attend(plan.table, q[:, queries], k, v, dout[:, queries]))
     gathered = torch.stack((pack.k[:, 0], pack.v[:, 0]))
     gathered = gathered.view(2, layout.kv_ranks, -1, pack.k.shape[2]).transpose(0, 1)
@@ -149,9 +153,9 @@ def _gather_work(layout: SequenceLayout, pack: Pack, kv_rank: int) -> RankWork:
     def relayout() -> Tensor:
         if exchange is not None:
             exchange()
-        for _ in range(num_kv):
-            keys, _ = plan.to_stream(gathered)
-        return keys
+        for _ in keys:
+            stream, _ = plan.to_stream(gathered)
+        return stream
 
     def forward() -> Tensor:
         return torch.cat([run() for run, _ in passes], 1)
@@ -163,16 +167,15 @@ def _gather_work(layout: SequenceLayout, pack: Pack, kv_rank: int) -> RankWork:
     return RankWork(first, forward, backward, relayout, pairs, tokens, slice(0, num_heads))
 
 
-def _ring_work(layout: SequenceLayout, pack: Pack, rank: int) -> RankWork:
+def _stripe(pack: Pack, layout: SequenceLayout, rank: int) -> tuple[Tensor, ...]:
+    """q, k, v and dout of a rank."""
+    index = torch.tensor(layout.shard_index(rank), device=pack.q.device)
+    return tuple(x.index_select(0, index) for x in (pack.q, pack.k, pack.v, pack.dout))
+
+
+def _ring_work(layout: SequenceLayout, stripes: list[tuple[Tensor, ...]], rank: int) -> RankWork:
     """A stripe's queries against one stripe of keys after another, merged."""
-    shards = [
-        [
-            x.index_select(0, torch.tensor(layout.shard_index(r), device=x.device))
-            for r in range(layout.num_ranks)
-        ]
-        for x in (pack.q, pack.k, pack.v, pack.dout)
-    ]
-    q, dout = shards[0][rank], shards[3][rank]
+    q, own_k, own_v, dout = stripes[rank]
     steps = RingPlan(layout, rank).steps(None)
     sources = [(rank - hop) % layout.num_ranks for hop in range(layout.num_ranks)]
     found: dict[str, Tensor] = {}
@@ -181,7 +184,7 @@ def _ring_work(layout: SequenceLayout, pack: Pack, rank: int) -> RankWork:
         out = q.new_zeros(q.shape, dtype=torch.float32)
         lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=torch.float32)
         for source, step in zip(sources, steps, strict=True):
-            part = segment_attention_fwd(q, shards[1][source], shards[2][source], step.table)
+            part = segment_attention_fwd(q, *stripes[source][1:3], step.table)
             out, lse = merge_attention(out, lse, *part)
         found["out"], found["lse"] = out.to(q.dtype), lse
         return found["out"]
@@ -189,7 +192,7 @@ def _ring_work(layout: SequenceLayout, pack: Pack, rank: int) -> RankWork:
     def backward() -> Tensor:
         total = torch.zeros_like(q, dtype=torch.float32)
         for source, step in zip(sources, steps, strict=True):
-            keys, values = shards[1][source], shards[2][source]
+            _, keys, values, _ = stripes[source]
             total += segment_attention_bwd(
                 dout,
                 q,
@@ -203,7 +206,7 @@ def _ring_work(layout: SequenceLayout, pack: Pack, rank: int) -> RankWork:
         return total
 
     def relayout() -> Tensor:
-        return torch.stack((shards[1][rank], shards[2][rank]))
+        return torch.stack((own_k, own_v))
 
     tokens = torch.tensor(layout.shard_index(rank))
     starts = torch.tensor(layout.cu_seqlens)

@@ -72,7 +72,9 @@ class _TiledRows(torch.autograd.Function):
             for i, dweight in zip(needed, found, strict=True):
                 total = totals[i]
                 if dweight is not None:  # else it is in the weight's main_grad
-                    totals[i] = dweight.to(wide, copy=True) if total is None else total.add_(dweight)
+                    totals[i] = (
+                        dweight.to(wide, copy=True) if total is None else total.add_(dweight)
+                    )
         dweights = (
             None if total is None else total.to(weight.dtype)
             for total, weight in zip(totals, ctx.weights, strict=True)

@@ -109,12 +109,13 @@ def forecast_memory(
     )
     sharers = plan.num_ranks_for(longest, config.update.microbatch_tokens)
     tokens = max(config.update.microbatch_tokens, -(-longest // sharers))
+    mlp_tokens = min(config.model.mlp_tile_tokens or tokens, tokens)
     kept = tokens * model.layers * model.hidden * size
     is_offloaded = config.model.offload_layers
     update = {
         "gradients, fp32": 4 * count,
-        "activations of one layer": tokens * _layer_width(config, model) * size
-        + _mlp_bytes(config, model, tokens, size),
+        "activations of one layer": size
+        * (tokens * _layer_width(config, model) + mlp_tokens * 6 * model.ff),
         "hidden states and their gradient": 3 * tokens * model.hidden * size,
         "logits of one chunk": _logits_bytes(config, model, dtype, device, tokens),
     }
@@ -148,14 +149,6 @@ def _layer_width(config: TrainConfig, model: ModelConfig) -> int:
     if config.model.mlp_tile_tokens:  # then the peak lies in the attention's backward
         return 4 * model.hidden + 4 * queries + 5 * keys + tables
     return 7 * model.hidden + queries + tables
-
-
-def _mlp_bytes(config: TrainConfig, model: ModelConfig, tokens: int, size: int) -> int:
-    """Feed-forward values of the tokens at hand, and with tiles the fp32 sums over them."""
-    tile = config.model.mlp_tile_tokens
-    if not tile:
-        return tokens * 6 * model.ff * size
-    return min(tile, tokens) * 6 * model.ff * size + 3 * model.ff * model.hidden * 4
 
 
 def _kept_width(model: ModelConfig) -> int:
@@ -231,6 +224,7 @@ def print_forecast(
         prompts.longest,
         world_size,
     )
+    ranks.close()
     if not ranks.is_main:
         return
     console = Console(highlight=False)

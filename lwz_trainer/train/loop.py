@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from lwz_trainer.config.parallel import plan_sequence
 from lwz_trainer.config.train import TrainConfig
 from lwz_trainer.errors import TrainingStopped, UserError
 from lwz_trainer.model.architecture import ModelConfig
@@ -27,7 +26,7 @@ from lwz_trainer.model.loading import (
     resolve_eos_ids,
 )
 from lwz_trainer.model.source import resolve_model_dir
-from lwz_trainer.parallel import Ranks, Teams, local_world_size, make_teams, start_ranks
+from lwz_trainer.parallel import Ranks, start_ranks, start_teams
 from lwz_trainer.rewards.advantages import GroupAdvantages, check_failures, group_advantages
 from lwz_trainer.rewards.score import RewardParts, RewardSample, Scorer, stack_rewards
 from lwz_trainer.rollout import EngineStats, RolloutEngine, RolloutInterrupted, Sample
@@ -88,7 +87,10 @@ class Trainer:
         self._console = RunConsole(is_main=ranks.is_main, progress=config.log.progress)
         self._refuse_uneven_ranks()
         self._model_dir = resolve_model_dir(config.model.path)
-        teams = self._make_teams()
+        sizes = ModelConfig.from_hf(load_hf_config(self._model_dir))
+        self._teams = start_teams(
+            config.parallel, ranks, heads=sizes.heads, kv_heads=sizes.kv_heads
+        )
         dtype = resolve_dtype(config.model.dtype, ranks.device)
         self._model, self._tokenizer = load_pretrained(
             str(self._model_dir), dtype=dtype, device=ranks.device
@@ -117,7 +119,7 @@ class Trainer:
             self._model,
             self._optimizer,
             ranks,
-            teams,
+            self._teams,
             config.update,
             config.loss,
             ref_model=self._load_reference(dtype),
@@ -369,6 +371,8 @@ class Trainer:
             f"{self._ranks.world_size} x {self._ranks.device.type}; {len(self._prompts)} prompts, "
             f"{per_step} samples a step, writing to {self._run_dir}"
         )
+        for num_ranks, (scheme, _) in self._teams.plan.schemes.items():
+            self._console.print(f"sequences of the update on {num_ranks} ranks: {scheme}")
 
     def _must_stop(self) -> bool:
         """True on every rank as soon as one was told to stop."""
@@ -380,19 +384,6 @@ class Trainer:
             return None
         reference = load_decoder(self._model_dir, dtype=dtype, device=self._ranks.device)
         return reference.requires_grad_(False)
-
-    def _make_teams(self) -> Teams:
-        """The ranks that share packs, for this model's heads; before its weights are read."""
-        model = ModelConfig.from_hf(load_hf_config(self._model_dir))
-        parallel = self._config.parallel
-        plan = plan_sequence(
-            parallel,
-            heads=model.heads,
-            kv_heads=model.kv_heads,
-            num_ranks=self._ranks.world_size,
-            ranks_per_node=local_world_size(),
-        )
-        return make_teams(plan, self._ranks, timeout_s=parallel.timeout_s)
 
     def _refuse_uneven_ranks(self) -> None:
         samples = self._config.data.prompts_per_step * self._config.rollout.group_size

@@ -38,6 +38,7 @@ from lwz_kernels.sequence_parallel import (
     unshard_tokens,
 )
 from lwz_kernels.sequence_parallel.ring import merge_attention
+from lwz_kernels.sequence_parallel.ulysses import _sum_copies
 
 RANKS = (2, 4)
 SIZE = 4  # K
@@ -511,3 +512,10 @@ def test_merge_attention_starts_from_nothing_exactly() -> None:
     )
     assert torch.equal(merged, part)
     assert torch.equal(merged_lse, part_lse)
+
+
+def test_gradients_of_a_copied_key_head_are_rounded_once() -> None:
+    """32 ranks that share a KV head: a sum in bf16 loses most of what the last ones add."""
+    x = torch.rand(32, 1, 1, 64).to(torch.bfloat16)
+    exact = x.double().sum(0)
+    assert torch.equal(_sum_copies(x, 1)[:, 0], exact.to(torch.bfloat16)[:, 0])

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lwz_trainer.model.decoder import Decoder
+from lwz_trainer.model.linear import linear
+from lwz_trainer.model.main_grad import attach_main_grad
 from lwz_trainer.model.offload import HostOffload
 from lwz_trainer.model.tiling import tiled_rows
 from tests.trainer.rollout_case import load_tiny
@@ -89,6 +91,27 @@ def test_tiled_rows_sums_weight_gradients_in_fp32() -> None:
     tiled = torch.autograd.grad(tiled_rows(mlp, x, tuple(weights), tile_rows=1), weights, dout)
     for ours, plain, exact in zip(tiled, whole, truth, strict=True):
         assert (ours - exact).norm() <= 2 * (plain - exact).norm() + 1e-3 * exact.norm()
+
+
+def test_tiled_rows_of_products_adds_to_main_grad() -> None:
+    """A norm gets its gradient from autograd, products add to theirs, as under the optimizer."""
+    norm, up, down = torch.rand(WIDTH), torch.randn(FF, WIDTH), torch.randn(WIDTH, FF)
+    parameters = [torch.nn.Parameter(t) for t in (norm, up, down)]
+    totals = [torch.ones_like(t) for t in parameters]
+    for parameter, total in zip(parameters[1:], totals[1:], strict=True):
+        attach_main_grad(parameter, total)
+
+    def run(x: Tensor, norm: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return x + linear(torch.nn.functional.silu(linear(x * norm, up)), down)
+
+    x, dout = torch.randn(TOKENS, WIDTH), torch.randn(TOKENS, WIDTH)
+    plain = [t.detach().double().requires_grad_() for t in parameters]
+    exact = torch.autograd.grad(run(x.double(), *plain), plain, dout.double())
+    tiled_rows(run, x, tuple(parameters), tile_rows=10).backward(dout)
+    found = [parameters[0].grad, *(total - 1 for total in totals[1:])]
+    assert [parameter.grad is None for parameter in parameters] == [False, True, True]
+    for ours, theirs in zip(found, exact, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-5 * theirs.abs().max())
 
 
 def test_tiled_rows_never_holds_the_intermediate_values_of_all_rows() -> None:

@@ -16,7 +16,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor
 
+from lwz_kernels.attention import attention
 from lwz_kernels.sequence_parallel import SequenceParallel
 from lwz_trainer.config.loss import LossConfig
 from lwz_trainer.config.model import ModelSection
@@ -29,6 +31,7 @@ from lwz_trainer.parallel import Ranks, make_teams
 from lwz_trainer.update.optimizer import FlatAdamW
 from lwz_trainer.update.packing import TrainSample
 from lwz_trainer.update.policy_update import PolicyUpdate
+from lwz_trainer.update.work import ShardedAttend
 from tests.trainer.tiny import VOCAB_SIZE, make_tiny_model
 
 LAYERS = 2
@@ -163,6 +166,21 @@ def run_case_with_nan(model_dir: Path, rank: int, world_size: int) -> str:
     return "it went on"
 
 
+def run_case_that_attends_alone(model_dir: Path, rank: int, world_size: int) -> str:
+    """A layer that quietly attends within its shard."""
+
+    def alone(self: ShardedAttend, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, [0, len(q)])
+
+    case = Case("", world_size, {"sequence": world_size})
+    with mock.patch.object(ShardedAttend, "__call__", alone):
+        try:
+            run_case(case, model_dir, rank)
+        except RuntimeError as error:
+            return str(error)
+    return "nobody noticed"
+
+
 def _rank_main(rank: int, world_size: int, folder: str) -> None:
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
@@ -179,6 +197,7 @@ def _rank_main(rank: int, world_size: int, folder: str) -> None:
             if case.world_size == world_size:
                 found[case.name] = run_case(case, model_dir, rank)
         found["nan"] = run_case_with_nan(model_dir, rank, world_size)
+        found["alone"] = run_case_that_attends_alone(model_dir, rank, world_size)
         dist.barrier()  # a rank that leaves early takes its connections with it
         dist.destroy_process_group()
     except BaseException:
@@ -230,13 +249,15 @@ def test_run_does_not_depend_on_the_mesh(found: dict[int, list[dict]], name: str
         ours = rank[name]
         for key, value in expected["values"].items():
             assert ours["values"][key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+        norm = expected["values"]["grad_norm"]
+        assert ours["values"]["grad_norm"] == pytest.approx(norm, rel=1e-5)
         for parameter, weight in expected["weights"].items():
             torch.testing.assert_close(ours["weights"][parameter], weight, rtol=0, atol=1e-6)
         if case.parallel.get("shard_optimizer"):  # it has the sum of its own part only
             continue
         for parameter, grad in expected["grads"].items():
-            atol = 1e-5 * float(grad.abs().max())
-            torch.testing.assert_close(ours["grads"][parameter], grad, rtol=0, atol=atol)
+            error = float((ours["grads"][parameter] - grad).norm() / grad.norm())
+            assert error <= 1e-5, (parameter, error)
 
 
 @pytest.mark.dist
@@ -267,3 +288,10 @@ def test_run_with_a_bad_sample_stops_every_rank(found: dict[int, list[dict]], ra
     messages = {rank["nan"] for rank in found[ranks]}
     assert all("not finite" in message for message in messages)
     assert all("samples [3]" in message for message in messages)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_run_refuses_attention_within_a_shard(found: dict[int, list[dict]], ranks: int) -> None:
+    for rank in found[ranks]:
+        assert "attention ran 0 times, expected 2" in rank["alone"]
