@@ -11,11 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.sequence_parallel.cost import Heads
-from lwz_kernels.segment_attention import (
-    SegmentTable,
-    segment_attention_bwd,
-    segment_attention_fwd,
-)
+from lwz_kernels.attention import SegmentTable, attention_bwd, attention_fwd
 from lwz_kernels.sequence_parallel import GatherPlan, RingPlan, SequenceLayout
 from lwz_kernels.sequence_parallel.ring import merge_attention
 from lwz_kernels.sequence_parallel.ulysses import merge_heads, pack_heads
@@ -73,7 +69,7 @@ def make_pack(
 
 def whole_attention(pack: Pack) -> Tensor:
     """out [T, H, K] of one process."""
-    return segment_attention_fwd(pack.q, pack.k, pack.v, pack.table)[0]
+    return attention_fwd(pack.q, pack.k, pack.v, pack.table)[0]
 
 
 def rank_works(layout: SequenceLayout, pack: Pack) -> list[RankWork]:
@@ -95,11 +91,11 @@ def _attend(
     found: dict[str, Tensor] = {}
 
     def forward() -> Tensor:
-        found["out"], found["lse"] = segment_attention_fwd(q, k, v, table)
+        found["out"], found["lse"] = attention_fwd(q, k, v, table)
         return found["out"]
 
     def backward() -> Tensor:
-        return segment_attention_bwd(dout, q, k, v, found["out"], found["lse"], table)[0]
+        return attention_bwd(dout, q, k, v, found["out"], found["lse"], table)[0]
 
     return forward, backward
 
@@ -184,7 +180,8 @@ def _ring_work(layout: SequenceLayout, stripes: list[tuple[Tensor, ...]], rank: 
         out = q.new_zeros(q.shape, dtype=torch.float32)
         lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=torch.float32)
         for source, step in zip(sources, steps, strict=True):
-            part = segment_attention_fwd(q, *stripes[source][1:3], step.table)
+            _, keys, values, _ = stripes[source]
+            part = attention_fwd(q, keys, values, step.table)
             out, lse = merge_attention(out, lse, *part)
         found["out"], found["lse"] = out.to(q.dtype), lse
         return found["out"]
@@ -193,7 +190,7 @@ def _ring_work(layout: SequenceLayout, stripes: list[tuple[Tensor, ...]], rank: 
         total = torch.zeros_like(q, dtype=torch.float32)
         for source, step in zip(sources, steps, strict=True):
             _, keys, values, _ = stripes[source]
-            total += segment_attention_bwd(
+            total += attention_bwd(
                 dout,
                 q,
                 keys,

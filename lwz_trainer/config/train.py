@@ -96,8 +96,8 @@ class TrainConfig:
                 f"loss.impl reference holds whole sequences, with {sequence} a rank has parts of "
                 "them: use loss.impl torch or auto"
             )
-        if self.model.attention in ("sdpa", "varlen"):
+        if self.model.attention not in ("auto", "triton", "torch", "reference"):
             raise UserError(
                 f"model.attention {self.model.attention} attends within one rank; {sequence} needs "
-                "auto or reference"
+                "auto, triton, torch or reference"
             )

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lwz_kernels.attention import AttentionPlan, attention
+from lwz_kernels.attention import SegmentTable, attention
 from lwz_kernels.sequence_parallel import SequenceParallel
 from lwz_trainer.parallel import Teams
 from lwz_trainer.update.packing import MicroBatch
@@ -19,12 +19,12 @@ __all__ = ["PackedAttend", "ShardedAttend", "Work", "make_work"]
 class PackedAttend:
     """Packed causal attention of whole sequences."""
 
-    plan: AttentionPlan
+    table: SegmentTable
     impl: str
 
     def __call__(self, layer: int, q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor) -> Tensor:
         del layer  # every layer attends alike; the engine's cache is what needs the number
-        return attention(q_THK, k_TJK, v_TJK, self.plan, impl=self.impl)
+        return attention(q_THK, k_TJK, v_TJK, segments=self.table, impl=self.impl)[0]
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ class Work:
 
 
 def make_work(pack: PlacedPack, teams: Teams, device: torch.device, impl: str) -> Work:
-    """This rank's part of a pack; plans are made here once, for all layers and passes."""
+    """This rank's part of a pack; segment tables are made here once, for all layers and passes."""
     batch = pack.batch
     if pack.num_ranks == 1:
-        plan = AttentionPlan(batch.cu_seqlens, batch.prefix_of)
-        return Work(batch, PackedAttend(plan, impl), None, device)
+        table = SegmentTable.from_cu_seqlens(batch.cu_seqlens, batch.prefix_of)
+        return Work(batch, PackedAttend(table, impl), None, device)
     layout = teams.layout(pack.num_ranks, document_lengths(batch))
     parallel = teams.attention(layout, device)
     return Work(
