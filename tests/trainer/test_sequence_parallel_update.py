@@ -173,7 +173,7 @@ def run_case_that_attends_alone(model_dir: Path, rank: int, world_size: int) -> 
     """A layer that quietly attends within its shard."""
 
     def alone(self: ShardedAttend, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(q, k, v, [0, len(q)])
+        return attention(q, k, v, [0, len(q)])[0]
 
     case = Case("", world_size, {"sequence": world_size})
     with mock.patch.object(ShardedAttend, "__call__", alone):
