@@ -5,18 +5,17 @@ A request may carry the range of words (Chinese: characters) that a good answer 
 arXiv 2506.18841).
 """
 
-import json
 import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lwz_trainer.data.jsonl import jsonl_rows
 from lwz_trainer.errors import UserError
 
 __all__ = ["BUNDLED_PROMPTS", "Prompt", "load_prompts", "prompt_order"]
@@ -58,7 +57,7 @@ def load_prompts(path_or_name: str) -> list[Prompt]:
     """
     if path_or_name in BUNDLED_PROMPTS:
         bundled = resources.files("lwz_trainer.data") / "bundled" / f"{path_or_name}.jsonl"
-        rows = _jsonl_rows(bundled, path_or_name)
+        rows = jsonl_rows(bundled, path_or_name)
     else:
         rows = _file_rows(Path(path_or_name))
 
@@ -131,27 +130,7 @@ def _file_rows(path: Path) -> Iterator[tuple[int, str, Any]]:
         raise UserError(f"no such prompt file: {path}; check the path")
     if path.suffix == ".parquet":
         return _parquet_rows(path)
-    return _jsonl_rows(path, str(path))
-
-
-def _jsonl_rows(source: Traversable, name: str) -> Iterator[tuple[int, str, Any]]:
-    try:
-        # utf-8-sig: some editors put a byte order mark first, which json refuses. Lines are split
-        # at "\n" alone, as str.splitlines() also cuts at U+2028, which JSON strings may hold.
-        lines = source.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not UTF-8 ({error}); save it as UTF-8") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{name} line {number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(
-                f"{where} is not valid JSON ({error}); expected one object per line"
-            ) from error
-        yield number, where, record
+    return jsonl_rows(path, str(path))
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, str, Any]]:

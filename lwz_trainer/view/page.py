@@ -7,13 +7,12 @@ curves and one for each step of samples, which the page parses only when that st
 
 import html
 import json
-import os
 import re
-import tempfile
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from lwz_trainer.atomic_text import write_text_atomically
 from lwz_trainer.errors import UserError
 from lwz_trainer.view.metrics import json_number, learned_changes, read_metrics
 from lwz_trainer.view.samples import SampleFile, find_sample_files, read_sample_step
@@ -74,7 +73,7 @@ def write_page(
         for file in sample_files:
             step = read_sample_step(file, with_tokens=with_tokens)
             blocks.append(_data_block(f"samples-{run_index}-{file.step}", step))
-    _write_atomically(out, _assemble(title=" · ".join(names), data="\n".join(blocks)))
+    write_text_atomically(out, _assemble(title=" · ".join(names), data="\n".join(blocks)))
     return out
 
 
@@ -143,20 +142,3 @@ def _assemble(*, title: str, data: str) -> str:
     }
     template = (assets / "page.html").read_text(encoding="utf-8")
     return PLACEHOLDER.sub(lambda match: parts[match[1]], template)
-
-
-def _write_atomically(out: Path, text: str) -> None:
-    """A reader, or a killed viewer, never sees half a page. Lone surrogates become "?"."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=out.parent, prefix=out.name, suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(text.encode("utf-8", errors="replace"))
-            os.chmod(name, 0o644)
-            os.replace(name, out)
-        except BaseException:
-            os.unlink(name)
-            raise
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error}; pass another file with --out") from error
