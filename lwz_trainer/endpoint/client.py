@@ -1,0 +1,270 @@
+"""The one client of OpenAI-compatible endpoints: everything that asks a server asks through it.
+
+A request is looked up on disk, sent at most `max_attempts` times with full-jitter exponential
+back-off, committed to disk, and read. Time-outs, broken connections, 429 and 5xx are tried again,
+other statuses are not. A Retry-After pauses all requests of this client.
+"""
+
+import asyncio
+import os
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import httpx2
+import tenacity
+
+from lwz_trainer.config.endpoint import EndpointConfig
+from lwz_trainer.endpoint.breaker import CircuitBreaker
+from lwz_trainer.endpoint.cache import AnswerCache
+from lwz_trainer.endpoint.errors import AnswerError, EndpointDown, EndpointError, RequestRefused
+from lwz_trainer.endpoint.transport import FatalStatus, TransientFailure, post_json
+from lwz_trainer.errors import UserError
+
+__all__ = ["Endpoint", "Message", "Usage"]
+
+T = TypeVar("T")
+Message = dict[str, str]
+"""`{"role": "system" | "user" | "assistant", "content": text}`."""
+
+
+@dataclass
+class Usage:
+    """What was asked for; tokens as the server counts them."""
+
+    num_calls: int = 0
+    """Answers that came from the server."""
+    num_cache_hits: int = 0
+    """Answers that came from disk."""
+    num_retries: int = 0
+    """Attempts after the first one of a request."""
+    num_prompt_tokens: int = 0
+    num_completion_tokens: int = 0
+
+
+class Endpoint:
+    """An asynchronous client; use it in one event loop, and close it or use `async with`.
+
+    Args:
+        config: address, sampling, limits.
+        cache_path: file of an `AnswerCache`; None keeps nothing.
+
+    Raises:
+        UserError: no address or model is configured, the key's variable is not set, or the cache
+            cannot be opened.
+    """
+
+    def __init__(self, config: EndpointConfig, cache_path: Path | None = None) -> None:
+        if not config.base_url or not config.model:
+            raise UserError(
+                "no endpoint: set endpoint.base_url (such as http://localhost:8000/v1) and "
+                "endpoint.model"
+            )
+        self._config = config
+        self._base_url = config.base_url.rstrip("/")
+        self._secret = _api_key(config.api_key_env)
+        headers = {"Content-Type": "application/json"}
+        if self._secret:
+            headers["Authorization"] = f"Bearer {self._secret}"
+        self._http = httpx2.AsyncClient(
+            headers=headers,
+            timeout=None,  # each attempt has one of its own, over all of it
+            limits=httpx2.Limits(max_connections=config.concurrency),
+        )
+        self._cache = None if cache_path is None else AnswerCache(cache_path)
+        self._slots = asyncio.Semaphore(config.concurrency)
+        self._breaker = CircuitBreaker(
+            config.breaker_failures, config.breaker_rest_s, time.monotonic
+        )
+        self._resume_at = 0.0
+        self._has_answered = False
+        self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+        self.usage = Usage()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+        if self._cache is not None:
+            self._cache.close()
+
+    async def chat(self, messages: Sequence[Message], *, parse: Callable[[str], T]) -> T:
+        """The parsed text of a chat completion (`parse=str` for the text itself).
+
+        Args:
+            messages: the conversation.
+            parse: raises ValueError for a text that it cannot read; another answer is then asked
+                for, up to `max_answers`.
+
+        Raises:
+            AnswerError: no answer could be read.
+            RequestRefused: the server refuses this request.
+            EndpointDown: the server is down for all requests.
+            EndpointError: every attempt at this request failed.
+        """
+        body = {"model": self._config.model, "messages": list(messages)}
+        return await self._parsed("chat/completions", body, _chat_text, parse)
+
+    async def complete(self, prompt: str, *, parse: Callable[[str], T]) -> T:
+        """As `chat`, for a raw prompt that the model continues."""
+        body = {"model": self._config.model, "prompt": prompt}
+        return await self._parsed("completions", body, _completion_text, parse)
+
+    async def classify(self, texts: Sequence[str]) -> list[list[float]]:
+        """The class probabilities (one label: its activated score) of each text, by vLLM.
+
+        Raises:
+            RequestRefused, EndpointDown, EndpointError: as `chat`.
+        """
+        # Not part of OpenAI's interface: it lies beside the version, not below it.
+        url = f"{self._base_url.removesuffix('/v1')}/classify"
+        body = {"model": self._config.model, "input": list(texts)}
+        return await self._answer(url, body, lambda answer: _probs(answer, len(texts)), sample=0)
+
+    async def _parsed(
+        self,
+        path: str,
+        body: dict[str, Any],
+        read: Callable[[Any], str],
+        parse: Callable[[str], T],
+    ) -> T:
+        url = f"{self._base_url}/{path}"
+        body = {**body, **self._config.sampling_fields()}
+        reason = ""
+        for sample in range(self._config.max_answers):
+            text = await self._answer(url, body, read, sample=sample)
+            try:
+                return parse(text)
+            except ValueError as error:
+                reason = " ".join(str(error).split())
+        raise AnswerError(
+            f"none of {self._config.max_answers} answers of {self._config.model} could be read; "
+            f"the last: {reason}"
+        )
+
+    async def _answer(
+        self, url: str, body: dict[str, Any], read: Callable[[Any], T], *, sample: int
+    ) -> T:
+        """The part of an answer that `read` takes out, from disk or from the server."""
+        if self._cache is None:
+            return read(await self._attempts(url, body, read))
+        request = {"url": url, "body": body, "sample": sample}
+        # Equal requests under way at the same time are sent once: the second waits for the first.
+        async with self._locks.setdefault(repr(request), asyncio.Lock()):
+            answer = self._cache.get(request)
+            if answer is None:
+                answer = await self._attempts(url, body, read)
+                self._cache.put(request, answer)
+            else:
+                self.usage.num_cache_hits += 1
+                self._has_answered = True
+        return read(answer)
+
+    async def _attempts(self, url: str, body: dict[str, Any], read: Callable[[Any], Any]) -> Any:
+        """The server's answer, once `read` accepts it."""
+        if not self._breaker.admits():
+            raise EndpointDown(self._breaker.reason)
+        is_probe = bool(self._breaker.reason)
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(TransientFailure),
+            stop=tenacity.stop_after_attempt(self._config.max_attempts),
+            wait=self._wait_s,
+            reraise=True,
+        )
+        try:
+            answer: Any = await retrying(self._attempt, url, body, read, is_probe)
+        except TransientFailure as error:
+            reason = f"{url} failed in {self._config.max_attempts} attempts; the last: {error}"
+            self._breaker.record_failure(f"the endpoint is down: {reason}")
+            raise EndpointError(reason) from error
+        except FatalStatus as error:
+            reason = f"{url} refuses every request ({error}): check endpoint.base_url, model, key"
+            self._breaker.open(reason)
+            raise EndpointDown(reason) from error
+        except RequestRefused as error:
+            reason = f"{url} refuses the request ({error})"
+            if not self._has_answered:
+                # As long as nothing has worked, the settings are as suspect as the request.
+                self._breaker.record_failure(f"{reason}, as all before it: check the settings")
+            raise RequestRefused(reason) from error
+        self._breaker.record_success()
+        self._has_answered = True
+        self._count(answer)
+        return answer
+
+    async def _attempt(
+        self, url: str, body: dict[str, Any], read: Callable[[Any], Any], is_probe: bool
+    ) -> Any:
+        async with self._slots:
+            while (pause := self._resume_at - time.monotonic()) > 0:
+                await asyncio.sleep(pause)
+            if self._breaker.reason and not is_probe:
+                raise EndpointDown(self._breaker.reason)
+            try:
+                answer = await post_json(
+                    self._http, url, body, timeout_s=self._config.timeout_s, secret=self._secret
+                )
+            except TransientFailure as error:
+                self._resume_at = max(self._resume_at, time.monotonic() + error.retry_after_s)
+                raise
+        try:
+            read(answer)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            problem = f"{type(error).__name__}: {error}, in {str(answer)[:200]}"
+            raise TransientFailure(f"an answer of another form ({problem})") from error
+        return answer
+
+    def _wait_s(self, state: tenacity.RetryCallState) -> float:
+        """Full jitter; a Retry-After is waited for by `_resume_at`, whoever comes next."""
+        self.usage.num_retries += 1
+        return tenacity.wait_random_exponential(
+            multiplier=self._config.backoff_s, max=self._config.max_backoff_s
+        )(state)
+
+    def _count(self, answer: Any) -> None:
+        self.usage.num_calls += 1
+        tokens = answer.get("usage")
+        if isinstance(tokens, dict):
+            self.usage.num_prompt_tokens += tokens.get("prompt_tokens") or 0
+            self.usage.num_completion_tokens += tokens.get("completion_tokens") or 0
+
+
+def _api_key(variable: str) -> str:
+    if not variable:
+        return ""
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise UserError(
+            f"the environment variable {variable} (endpoint.api_key_env) is not set: export it, "
+            "or leave the setting empty for a server without a key"
+        )
+    return key
+
+
+def _chat_text(answer: Any) -> str:
+    # A model that thinks until its tokens are used up has no content.
+    return _text(answer["choices"][0]["message"]["content"] or "")
+
+
+def _completion_text(answer: Any) -> str:
+    return _text(answer["choices"][0]["text"])
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected text, got {type(value).__name__}")
+    return value
+
+
+def _probs(answer: Any, num_texts: int) -> list[list[float]]:
+    rows = sorted(answer["data"], key=lambda row: row["index"])
+    if len(rows) != num_texts:
+        raise ValueError(f"expected {num_texts} rows, got {len(rows)}")
+    return [[float(prob) for prob in row["probs"]] for row in rows]
