@@ -11,6 +11,8 @@ USAGE = """usage: python -m lwz_trainer COMMAND …   (or torchrun -m lwz_traine
 
 commands:
   train [CONFIG.yaml] [--section.field=value …] [--dry-run]   train a model by GRPO
+  eval BENCHMARK [CONFIG.yaml] [--field=value …]              writingbench, arena-write or
+                                                              longbench-write: answer and judge
   view RUN [RUN …] [--out FILE]                               write an HTML page of runs
 
 `COMMAND --help` lists its options."""
@@ -43,12 +45,16 @@ def _run(command: str, argv: list[str]) -> None:
         from lwz_trainer.train.command import train_command
 
         train_command(argv)
+    elif command == "eval":
+        from lwz_trainer.evaluation.command import eval_command
+
+        eval_command(argv)
     elif command == "view":
         from lwz_trainer.view.command import view_command
 
         view_command(argv)
     else:
-        raise UserError(f"unknown command '{command}': expected train or view; see --help")
+        raise UserError(f"unknown command '{command}': expected train, eval or view; see --help")
 
 
 def _fail(message: str, code: int) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 from lwz_trainer.data.jsonl import jsonl_rows
 from lwz_trainer.errors import UserError
 
-__all__ = ["BUNDLED_PROMPTS", "Prompt", "load_prompts", "prompt_order"]
+__all__ = ["BUNDLED_PROMPTS", "Prompt", "load_prompts", "prompt_language", "prompt_order"]
 
 BUNDLED_PROMPTS = ("writing", "demo")
 
@@ -174,7 +174,7 @@ def _checked_prompt(record: Any, row: int, where: str) -> Prompt | None:
 
     length_range = record.get("length_range")
     if length_range is None:
-        return Prompt(text, None, _language(text), row)
+        return Prompt(text, None, prompt_language(text), row)
     # type() and not isinstance: JSON's true and false are ints to Python.
     if (
         not isinstance(length_range, list)
@@ -192,8 +192,9 @@ def _checked_prompt(record: Any, row: int, where: str) -> Prompt | None:
             f"{where}: length_range must have 0 <= lo < hi, got [{low}, {high}]"
             " ([0, 0] marks a request to drop)"
         )
-    return Prompt(text, (low, high), _language(text), row)
+    return Prompt(text, (low, high), prompt_language(text), row)
 
 
-def _language(text: str) -> str:
+def prompt_language(text: str) -> str:
+    """As in `Prompt.language`."""
     return "zh" if _CJK.search(text) else "en"

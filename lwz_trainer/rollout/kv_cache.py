@@ -3,10 +3,19 @@
 Page layout [num_pages, page_size, J, K] for each layer, as flash-attn and `paged_attention` expect.
 """
 
+import os
+
 import torch
 from torch import Tensor
 
-__all__ = ["PageAllocator", "PagedKVCache", "num_pages_for"]
+__all__ = ["PageAllocator", "PagedKVCache", "kv_memory_limit", "num_pages_for"]
+
+
+def kv_memory_limit(device: torch.device) -> int:
+    """Bytes that the KV cache may take: a third of the memory that is free now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 3
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 3
 
 
 def num_pages_for(num_tokens: int, page_size: int) -> int:

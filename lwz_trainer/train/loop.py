@@ -2,7 +2,6 @@
 
 import faulthandler
 import logging
-import os
 import signal
 import sys
 import time
@@ -30,6 +29,7 @@ from lwz_trainer.parallel import Ranks, start_ranks, start_teams
 from lwz_trainer.rewards.advantages import GroupAdvantages, check_failures, group_advantages
 from lwz_trainer.rewards.score import RewardParts, RewardSample, Scorer, stack_rewards
 from lwz_trainer.rollout import EngineStats, RolloutEngine, RolloutInterrupted, Sample
+from lwz_trainer.rollout.kv_cache import kv_memory_limit
 from lwz_trainer.train.checkpoint import CheckpointStore, Progress
 from lwz_trainer.train.console import RunConsole, learned_line, step_line
 from lwz_trainer.train.metrics import peak_memory_gb, sample_metrics, step_warnings
@@ -103,7 +103,7 @@ class Trainer:
             self._tokenizer,
             eos_ids=resolve_eos_ids(self._tokenizer, load_generation_config(self._model_dir)),
             config=config.rollout,
-            memory_limit_bytes=_kv_memory_limit(ranks.device),
+            memory_limit_bytes=kv_memory_limit(ranks.device),
         )
         self._engine.plan_cache(
             longest_prompt=self._prompts.longest, num_samples=config.rollout.max_num_seqs
@@ -397,10 +397,3 @@ class Trainer:
         """The optimizer works in place: one copy of the weights, at fixed addresses."""
         if self._addresses != [p.data_ptr() for p in self._model.parameters()]:
             raise TrainingStopped("a parameter moved: the engine would sample from old weights")
-
-
-def _kv_memory_limit(device: torch.device) -> int:
-    """Bytes that the KV cache may take: a third of the memory that is free now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 3
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 3

@@ -1,0 +1,1 @@
+"""The paper's three evaluations: WritingBench, Arena-Write and LongBench-Write."""

@@ -1,0 +1,303 @@
+"""All figures of one evaluation: scores, item by item rows, tables and plots. Pure."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from lwz_trainer.config.evaluation import EloConfig
+from lwz_trainer.evaluation.elo import arena_scores, pairings
+from lwz_trainer.evaluation.figures import Series, figure_svg
+from lwz_trainer.evaluation.items import Benchmark, Item, Requirement
+from lwz_trainer.evaluation.monitor import (
+    TrainingSample,
+    overused_words,
+    rank_correlation,
+    system_signs,
+    wanted_range,
+)
+from lwz_trainer.evaluation.scores import length_scores, quality_score, writing_scores
+from lwz_trainer.evaluation.tables import (
+    Table,
+    arena_tables,
+    length_tables,
+    monitor_tables,
+    writing_tables,
+)
+from lwz_trainer.rewards.text import count_words
+
+__all__ = ["ItemRow", "Outcome", "evaluate", "training_outcome", "training_system"]
+
+Judgments = Mapping[tuple[str, int, str], Mapping[str, Any]]
+_SCORE_LABEL: dict[Benchmark, str] = {
+    "writingbench": "mean score, 1 to 10",
+    "arena-write": "share of comparisons won",
+    "longbench-write": "S_q, 0 to 100",
+}
+
+
+@dataclass(frozen=True)
+class ItemRow:
+    """One answer; NaN for a score that is missing."""
+
+    system: str
+    index: int
+    group: str
+    words: int
+    wanted: tuple[int, int] | None
+    score: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is written.
+
+    Attributes:
+        scores: for results.json, by system ("ratings" and so on for Arena-Write).
+        rows: one for each answer.
+        tables, figures: in the order of the report; figures are SVG.
+        warnings: lines at its head.
+    """
+
+    scores: dict[str, Any]
+    rows: list[ItemRow]
+    tables: list[Table]
+    figures: list[str]
+    warnings: list[str]
+
+
+def evaluate(
+    benchmark: Benchmark,
+    items: Sequence[Item],
+    systems: Mapping[str, Mapping[int, str]],
+    judgments: Judgments,
+    *,
+    requirements: Sequence[Requirement],
+    baseline_texts: Sequence[str] | None,
+    elo: EloConfig,
+) -> Outcome:
+    """Aggregates one benchmark.
+
+    Args:
+        benchmark: which.
+        items: its tasks.
+        systems: name to {index: answer without thinking}.
+        judgments: by (system, index, part); may be empty.
+        requirements: of WritingBench.
+        baseline_texts: for over-used words; None takes the other systems' answers and the
+            benchmark's baselines.
+        elo: how Arena-Write is rated.
+    """
+    scores: dict[str, Any] = {}
+    tables: list[Table] = []
+    item_scores: dict[tuple[str, int], float] = {}
+    if benchmark == "writingbench":
+        writing = {name: writing_scores(items, judgments, name, requirements) for name in systems}
+        scores = {name: dataclasses.asdict(s) for name, s in writing.items()}
+        tables = writing_tables(writing)
+        item_scores = {(n, i): v for n, s in writing.items() for i, v in s.items.items()}
+    elif benchmark == "longbench-write":
+        length = {
+            name: length_scores(items, answers, judgments, name)
+            for name, answers in systems.items()
+        }
+        scores = {name: dataclasses.asdict(s) for name, s in length.items()}
+        tables = length_tables(length)
+        item_scores = {(n, i): row[2] for n, s in length.items() for i, row in s.items.items()}
+    else:
+        played, num_missing = pairings(items, judgments, list(systems))
+        if played:
+            arena = arena_scores(
+                played,
+                num_missing=num_missing,
+                anchor=elo.anchor,
+                virtual_ties=elo.virtual_ties,
+                num_bootstrap=elo.num_bootstrap,
+                seed=elo.seed,
+            )
+            scores = dataclasses.asdict(arena)
+            tables = arena_tables(arena)
+        won: dict[tuple[str, int], list[float]] = {}
+        for pairing in played:
+            won.setdefault((pairing.system, pairing.index), []).extend(pairing.outcomes)
+        item_scores = {key: fmean(outcomes) for key, outcomes in won.items()}
+
+    rows = [
+        ItemRow(
+            name,
+            item.index,
+            item.group,
+            count_words(answers[item.index]),
+            wanted_range(item),
+            item_scores.get((name, item.index), math.nan),
+        )
+        for name, answers in systems.items()
+        for item in items
+        if item.index in answers
+    ]
+    signs = {name: system_signs(items, answers) for name, answers in systems.items()}
+    overused = {
+        name: overused_words(
+            list(answers.values()),
+            baseline_texts
+            if baseline_texts is not None
+            else _other_texts(items, systems, without=name),
+        )
+        for name, answers in systems.items()
+    }
+    tables += monitor_tables(signs, overused)
+    return Outcome(
+        scores=scores,
+        rows=rows,
+        tables=tables,
+        figures=_item_figures(rows, list(systems), _SCORE_LABEL[benchmark]),
+        warnings=_coverage_warnings(items, systems),
+    )
+
+
+def training_system(step: int) -> str:
+    """The name under which a training step's samples are judged."""
+    return f"training step {step}"
+
+
+def training_outcome(samples: Sequence[TrainingSample], judgments: Judgments) -> Outcome:
+    """Reward model against judge over a run's steps: table, figure and, if so, a warning."""
+    steps: dict[int, list[tuple[TrainingSample, float]]] = {}
+    for sample in samples:
+        judgment = judgments.get((training_system(sample.step), sample.item.index, "quality"))
+        score = math.nan if judgment is None else quality_score(judgment)
+        steps.setdefault(sample.step, []).append((sample, score))
+    rows = [
+        (
+            step,
+            len(pairs),
+            _mean([sample.reward for sample, _ in pairs]),
+            _mean([score for _, score in pairs]),
+            _mean([sample.redundancy for sample, _ in pairs]),
+            _mean([float(sample.num_words) for sample, _ in pairs]),
+        )
+        for step, pairs in steps.items()
+    ]
+    scored = [
+        (sample.reward, score)
+        for pairs in steps.values()
+        for sample, score in pairs
+        if math.isfinite(sample.reward) and math.isfinite(score)
+    ]
+    over_samples = rank_correlation([r for r, _ in scored], [s for _, s in scored])
+    whole = [row for row in rows if math.isfinite(row[2]) and math.isfinite(row[3])]
+    over_steps = rank_correlation([row[2] for row in whole], [row[3] for row in whole])
+    table = Table(
+        "training",
+        "Reward model against judge over training",
+        "Means over the judged samples of each step; the judge's score is S_q, 0 to 100. "
+        f"Spearman correlation of the two: {over_samples:.2f} over {len(scored)} samples, "
+        f"{over_steps:.2f} over {len(whole)} steps.",
+        ("step", "samples", "reward model", "judge", "redundancy", "words"),
+        tuple(rows),
+    )
+    figure = figure_svg(
+        [
+            Series("reward model", tuple((row[0], z) for row, z in _standard(whole, 2)), True),
+            Series("judge", tuple((row[0], z) for row, z in _standard(whole, 3)), True),
+        ],
+        title="Reward model and judge over training",
+        x_label="step",
+        y_label="standard deviations from the mean",
+    )
+    return Outcome(
+        scores={"over_samples": over_samples, "over_steps": over_steps},
+        rows=[],
+        tables=[table],
+        figures=[figure] if figure else [],
+        warnings=_drift_warning(whole),
+    )
+
+
+def _drift_warning(rows: Sequence[tuple[float, ...]]) -> list[str]:
+    """The reward model's later half is above its earlier one, the judge's below."""
+    half = len(rows) // 2
+    if half == 0:
+        return []
+    earlier, later = rows[:half], rows[-half:]
+    reward = _mean([row[2] for row in later]) - _mean([row[2] for row in earlier])
+    judge = _mean([row[3] for row in later]) - _mean([row[3] for row in earlier])
+    if reward <= 0 or judge >= 0:
+        return []
+    return [
+        f"The reward model's score rose by {reward:.3g} from the run's earlier to its later half, "
+        f"the judge's fell by {-judge:.3g}: the policy may be gaming the reward model."
+    ]
+
+
+def _standard(
+    rows: Sequence[tuple[float, ...]], column: int
+) -> list[tuple[tuple[float, ...], float]]:
+    """Each row with its column's z-value, so that two scales fit one axis."""
+    values = [row[column] for row in rows]
+    mean = _mean(values)
+    spread = math.sqrt(_mean([(value - mean) ** 2 for value in values])) or 1.0
+    return [(row, (value - mean) / spread) for row, value in zip(rows, values, strict=True)]
+
+
+def _item_figures(rows: Sequence[ItemRow], systems: Sequence[str], score_label: str) -> list[str]:
+    of_system = [(name, [row for row in rows if row.system == name]) for name in systems]
+    following = figure_svg(
+        [
+            Series(
+                name,
+                tuple((sum(row.wanted) / 2, row.words) for row in mine if row.wanted is not None),
+            )
+            for name, mine in of_system
+        ],
+        title="Length following",
+        x_label="words asked for (middle of the range)",
+        y_label="words written",
+        is_log=True,
+        diagonal=True,
+    )
+    by_length = figure_svg(
+        [
+            Series(name, tuple((float(row.words), row.score) for row in mine))
+            for name, mine in of_system
+        ],
+        title="Score by length",
+        x_label="words written",
+        y_label=score_label,
+    )
+    return [figure for figure in (following, by_length) if figure]
+
+
+def _coverage_warnings(
+    items: Sequence[Item], systems: Mapping[str, Mapping[int, str]]
+) -> list[str]:
+    warnings = []
+    for name, answers in systems.items():
+        answered = [item for item in items if item.index in answers]
+        if len(answered) < len(items):
+            warnings.append(f"{name} answers {len(answered)} of {len(items)} tasks.")
+        empty = sum(not answers[item.index] for item in answered)
+        if empty:
+            warnings.append(
+                f"{empty} of {name}'s responses hold no answer (thinking that never ended, or "
+                "nothing); they have the lowest score and need no judge."
+            )
+    return warnings
+
+
+def _other_texts(
+    items: Sequence[Item], systems: Mapping[str, Mapping[int, str]], *, without: str
+) -> list[str]:
+    texts = [text for item in items for text in item.baselines.values()]
+    for name, answers in systems.items():
+        if name != without:
+            texts += answers.values()
+    return texts
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of the values that are there."""
+    values = [value for value in values if not math.isnan(value)]
+    return fmean(values) if values else math.nan

@@ -1,0 +1,334 @@
+"""One evaluation from its inputs to its report: load, answer, judge, aggregate, write.
+
+All inputs are read before anything is made, so bad input leaves nothing behind. Responses and
+judgments are appended as they arrive, reports are replaced whole, and the same command goes on.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lwz_trainer.atomic_text import write_text_atomically
+from lwz_trainer.config.endpoint import EndpointConfig
+from lwz_trainer.config.evaluation import EvalConfig
+from lwz_trainer.config.reading import dump_config
+from lwz_trainer.data.jsonl import jsonl_rows
+from lwz_trainer.data.templates import load_template
+from lwz_trainer.endpoint import BlockingEndpoint
+from lwz_trainer.errors import UserError
+from lwz_trainer.evaluation.answer import final_answer
+from lwz_trainer.evaluation.generation import generate_responses, resolve_sampling
+from lwz_trainer.evaluation.items import (
+    Benchmark,
+    Item,
+    Requirement,
+    load_items,
+    load_requirement,
+    load_responses,
+)
+from lwz_trainer.evaluation.journal import Journal
+from lwz_trainer.evaluation.judging import (
+    EndpointJudge,
+    Judge,
+    JudgingResult,
+    judge_all,
+    judge_calls,
+    quality_call,
+)
+from lwz_trainer.evaluation.monitor import TrainingSample, training_samples
+from lwz_trainer.evaluation.outcome import (
+    ItemRow,
+    Outcome,
+    evaluate,
+    training_outcome,
+    training_system,
+)
+from lwz_trainer.evaluation.page import report_page
+from lwz_trainer.evaluation.tables import table_csv, table_markdown
+from lwz_trainer.model.source import resolve_model_dir
+
+__all__ = ["Summary", "run_evaluation"]
+
+# WritingBench's and LongBench-Write's own; Arena-Write's is not published, so its authors' other.
+_JUDGE_SAMPLING: dict[Benchmark, dict[str, Any]] = {
+    "writingbench": {"temperature": 1.0, "top_p": 0.95, "max_tokens": 2048},
+    "arena-write": {"temperature": 0.5, "max_tokens": 1024},
+    "longbench-write": {"temperature": 0.5, "max_tokens": 1024},
+}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Where the report is, and how many calls failed and can be asked again."""
+
+    report: Path
+    num_failures: int
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    items: list[Item]
+    responses: dict[str, dict[int, str]]
+    requirements: list[Requirement]
+    baseline_texts: list[str] | None
+    training: list[TrainingSample]
+
+
+def run_evaluation(
+    benchmark: Benchmark, config: EvalConfig, *, judge: Judge | None = None
+) -> Summary:
+    """Answers, judges and reports.
+
+    Args:
+        benchmark: which.
+        config: inputs, model, judge.
+        judge: instead of the one in `config.judge`.
+
+    Raises:
+        UserError: bad input; nothing was written.
+        EndpointDown: a server is down; what was answered and judged is kept.
+    """
+    inputs = _load(benchmark, config)
+    judge_endpoint = _with_defaults(config.judge, _JUDGE_SAMPLING[benchmark])
+    with _opened_judge(judge_endpoint, Path(config.output_dir), judge) as judge:
+        return _run(benchmark, config, inputs, judge)
+
+
+def _run(benchmark: Benchmark, config: EvalConfig, inputs: _Inputs, judge: Judge | None) -> Summary:
+    out = Path(config.output_dir)
+    responses = dict(inputs.responses)
+    failures: list[str] = []
+    if config.generate.name:
+        with _progress("answers") as on_progress:
+            responses[config.generate.name], failures = generate_responses(
+                config.generate,
+                resolve_sampling(benchmark, config.generate),
+                inputs.items,
+                Journal(out / "responses" / f"{config.generate.name}.jsonl"),
+                out / "answers.sqlite",
+                on_progress,
+            )
+    systems = {
+        name: {index: final_answer(text) for index, text in by_index.items()}
+        for name, by_index in responses.items()
+    }
+    judged = JudgingResult({}, [])
+    if judge is not None:
+        calls = judge_calls(benchmark, inputs.items, systems)
+        calls += [
+            quality_call(training_system(sample.step), sample.item, sample.answer)
+            for sample in inputs.training
+        ]
+        with _progress("judgments") as on_progress:
+            judged = judge_all(calls, judge, Journal(out / "judgments.jsonl"), on_progress)
+    failures += judged.failures
+    outcome = evaluate(
+        benchmark,
+        inputs.items,
+        systems,
+        judged.judgments,
+        requirements=inputs.requirements,
+        baseline_texts=inputs.baseline_texts,
+        elo=config.elo,
+    )
+    if inputs.training:
+        outcome = _joined(outcome, training_outcome(inputs.training, judged.judgments))
+    outcome.warnings.extend(_failure_warnings(failures, is_judged=judge is not None))
+    judged_by = judge.settings if judge is not None else "nobody"
+    facts = f"{len(inputs.items)} tasks; judged by {judged_by}"
+    page = report_page(
+        outcome,
+        inputs.items,
+        systems,
+        judged.judgments,
+        title=f"{benchmark}: {', '.join(systems)}",
+        facts=facts,
+        max_items=config.page_items,
+    )
+    write_text_atomically(out / "config.yaml", dump_config(config))
+    _write(out, benchmark, outcome, page, facts, failures)
+    return Summary(out / "report.html", len(failures))
+
+
+def _load(benchmark: Benchmark, config: EvalConfig) -> _Inputs:
+    """Reads and checks everything; makes nothing."""
+    if not config.data:
+        raise UserError(f"data is not set: pass the JSONL file of {benchmark}, --data=FILE.jsonl")
+    all_items = load_items(benchmark, Path(config.data))
+    responses: dict[str, dict[int, str]] = {}
+    for name, value in _named(config.responses, "responses"):
+        responses[name] = load_responses(Path(value), all_items)
+    if config.generate.name in responses:
+        raise UserError(
+            f"responses and generate.name both name '{config.generate.name}': rename one"
+        )
+    if not responses and not config.generate.name:
+        raise UserError(
+            "nothing to evaluate: pass --responses NAME=FILE.jsonl, or --generate.name with "
+            "--generate.model or --generate.endpoint.base_url"
+        )
+    if config.requirements and benchmark != "writingbench":
+        raise UserError(f"requirements belong to writingbench, got them with {benchmark}")
+    requirements = []
+    for name, value in _named(config.requirements, "requirements"):
+        subset, comma, criteria = value.partition(",")
+        if not comma:
+            raise UserError(
+                f"requirements: expected {name}=SUBSET.jsonl,CRITERIA.jsonl, got '{name}={value}'"
+            )
+        requirements.append(load_requirement(name, Path(subset), Path(criteria), all_items))
+    if config.generate.model:
+        resolve_model_dir(config.generate.model)
+    if config.generate.name and config.generate.template != "chat":
+        load_template(config.generate.template)
+    monitor = config.monitor
+    training: list[TrainingSample] = []
+    if monitor.run:
+        if not config.judge.base_url:
+            raise UserError("monitor.run needs a judge: set judge.base_url and judge.model")
+        training = training_samples(
+            Path(monitor.run), num_steps=monitor.run_steps, per_step=monitor.run_samples
+        )
+    items = all_items[: config.limit] if config.limit else all_items
+    kept = {item.index for item in items}
+    return _Inputs(
+        items,
+        {
+            name: {index: text for index, text in by_index.items() if index in kept}
+            for name, by_index in responses.items()
+        },
+        requirements,
+        _baseline_texts(monitor.baseline) if monitor.baseline else None,
+        training,
+    )
+
+
+def _named(pairs: tuple[str, ...], field: str) -> Iterator[tuple[str, str]]:
+    names: set[str] = set()
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals and value):
+            raise UserError(f"{field}: expected NAME=FILE, got '{pair}'")
+        if name in names:
+            raise UserError(f"{field}: the name '{name}' is used twice; rename one")
+        names.add(name)
+        yield name, value
+
+
+def _baseline_texts(path: str) -> list[str]:
+    if not path.endswith(".jsonl"):
+        try:
+            return [Path(path).read_text(encoding="utf-8")]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"monitor.baseline: cannot read {path} ({error})") from error
+    texts = []
+    for _, where, record in jsonl_rows(Path(path), path):
+        if not isinstance(record, dict) or not isinstance(record.get("response"), str):
+            raise UserError(f"{where}: expected an object with a text `response`")
+        texts.append(final_answer(record["response"]))
+    return texts
+
+
+@contextmanager
+def _opened_judge(
+    endpoint: EndpointConfig, out: Path, judge: Judge | None
+) -> Iterator[Judge | None]:
+    if judge is not None or not endpoint.base_url:
+        yield judge
+        return
+    with BlockingEndpoint(endpoint, out / "answers.sqlite") as opened:
+        sampling = json.dumps(endpoint.sampling_fields(), sort_keys=True)
+        yield EndpointJudge(opened, f"{endpoint.model} {sampling}")
+
+
+def _with_defaults(endpoint: EndpointConfig, sampling: dict[str, Any]) -> EndpointConfig:
+    unset = {name: value for name, value in sampling.items() if getattr(endpoint, name) is None}
+    return dataclasses.replace(endpoint, **unset)
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal's standard error, nothing elsewhere."""
+    console = Console(stderr=True)
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _joined(first: Outcome, second: Outcome) -> Outcome:
+    return Outcome(
+        scores={"systems": first.scores, "training": second.scores},
+        rows=first.rows + second.rows,
+        tables=first.tables + second.tables,
+        figures=first.figures + second.figures,
+        warnings=first.warnings + second.warnings,
+    )
+
+
+def _failure_warnings(failures: list[str], *, is_judged: bool) -> list[str]:
+    warnings = [] if is_judged else ["There is no judge: set judge.base_url and judge.model."]
+    if failures:
+        warnings.append(
+            f"{len(failures)} calls failed and are missing, not zero; the same command asks them "
+            f"again. The first: {failures[0]}"
+        )
+    return warnings
+
+
+def _write(
+    out: Path,
+    benchmark: Benchmark,
+    outcome: Outcome,
+    page: str,
+    facts: str,
+    failures: list[str],
+) -> None:
+    for table in outcome.tables:
+        write_text_atomically(out / "tables" / f"{table.name}.csv", table_csv(table))
+    write_text_atomically(out / "tables" / "items.csv", _items_csv(outcome.rows))
+    results = {
+        "benchmark": benchmark,
+        "facts": facts,
+        "scores": outcome.scores,
+        "warnings": outcome.warnings,
+        "failures": failures,
+    }
+    write_text_atomically(
+        out / "results.json", json.dumps(_plain(results), ensure_ascii=False, indent=1) + "\n"
+    )
+    head = [f"## {benchmark}", "", f"{facts}.", ""]
+    head += [f"> {warning}\n" for warning in outcome.warnings]
+    tables = [table_markdown(table) for table in outcome.tables if table.rows]
+    write_text_atomically(out / "report.md", "\n".join([*head, *tables]))
+    write_text_atomically(out / "report.html", page)
+
+
+def _items_csv(rows: list[ItemRow]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("system", "index", "group", "words", "wanted_low", "wanted_high", "score"))
+    for row in rows:
+        low, high = row.wanted if row.wanted is not None else ("", "")
+        score = "" if math.isnan(row.score) else row.score
+        writer.writerow((row.system, row.index, row.group, row.words, low, high, score))
+    return text.getvalue()
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: NaN and infinity become null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
