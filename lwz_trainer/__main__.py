@@ -13,6 +13,8 @@ commands:
   train [CONFIG.yaml] [--section.field=value …] [--dry-run]   train a model by GRPO
   eval BENCHMARK [CONFIG.yaml] [--field=value …]              writingbench, arena-write or
                                                               longbench-write: answer and judge
+  prepare [CONFIG.yaml] --inputs FILE … [--field=value …]     chat logs to writing requests with
+                                                              word ranges
   view RUN [RUN …] [--out FILE]                               write an HTML page of runs
 
 `COMMAND --help` lists its options."""
@@ -49,12 +51,18 @@ def _run(command: str, argv: list[str]) -> None:
         from lwz_trainer.evaluation.command import eval_command
 
         eval_command(argv)
+    elif command == "prepare":
+        from lwz_trainer.prepare.command import prepare_command
+
+        prepare_command(argv)
     elif command == "view":
         from lwz_trainer.view.command import view_command
 
         view_command(argv)
     else:
-        raise UserError(f"unknown command '{command}': expected train, eval or view; see --help")
+        raise UserError(
+            f"unknown command '{command}': expected train, eval, prepare or view; see --help"
+        )
 
 
 def _fail(message: str, code: int) -> int:

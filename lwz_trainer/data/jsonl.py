@@ -11,7 +11,7 @@ __all__ = ["jsonl_rows"]
 
 
 def jsonl_rows(source: Traversable, name: str) -> Iterator[tuple[int, str, Any]]:
-    """Non-empty lines as (number from 1, "NAME line N", value).
+    """Non-empty lines as (number from 1, "NAME line N", value), read one by one.
 
     Args:
         source: a `pathlib.Path` or a resource of a package.
@@ -21,21 +21,27 @@ def jsonl_rows(source: Traversable, name: str) -> Iterator[tuple[int, str, Any]]
         UserError: the file is not there, not UTF-8, or a line is not JSON.
     """
     try:
-        # utf-8-sig: some editors put a byte order mark first, which json refuses. Lines are split
-        # at "\n" alone, as str.splitlines() also cuts at U+2028, which JSON strings may hold.
-        lines = source.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not UTF-8 ({error}); save it as UTF-8") from error
+        # Bytes, since lines end at "\n" alone: text has other ends that JSON strings may hold.
+        with source.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    where = f"{name} line {number}"
+                    yield number, where, _parsed(line, number, name, where)
     except OSError as error:
         raise UserError(f"cannot read {name}: {error.strerror}; check the path") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{name} line {number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(
-                f"{where} is not valid JSON ({error}); expected one object per line"
-            ) from error
-        yield number, where, record
+
+
+def _parsed(line: bytes, number: int, name: str, where: str) -> Any:
+    try:
+        # Some editors put a byte order mark first, which json refuses.
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{name} is not UTF-8 (line {number}: {error}); save it as UTF-8"
+        ) from error
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(
+            f"{where} is not valid JSON ({error}); expected one object per line"
+        ) from error

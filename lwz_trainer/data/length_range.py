@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from lwz_trainer.data.numbers import CHINESE_NUMBER, ENGLISH_NUMBER, parse_chinese, parse_english
 
-__all__ = ["MAX_WORDS", "explicit_length_range"]
+__all__ = ["MAX_WIDTH", "MAX_WORDS", "explicit_length_range"]
 
 MAX_WORDS = 12_000
 MAX_WIDTH = 3_000

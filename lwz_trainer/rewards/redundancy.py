@@ -22,7 +22,7 @@ import numpy as np
 
 from lwz_trainer.rewards.text import Span, split_paragraphs, split_sentences
 
-__all__ = ["Redundancy", "embedding_redundancy", "shingle_redundancy"]
+__all__ = ["Redundancy", "embedding_redundancy", "shingle_redundancy", "word_shingles"]
 
 _MIN_PARAGRAPHS = 4
 _MIN_UNIT_WORDS = 8
@@ -126,6 +126,11 @@ def embedding_redundancy(
     # Rounding leaves the cosine of equal texts a little below 1.
     is_repeated |= (cosines_NN >= threshold - 1e-6).any(axis=1)
     return _redundancy(units, is_repeated)
+
+
+def word_shingles(text: str, shingle_size: int) -> list[tuple[str, ...]]:
+    """All shingles of a text in order, as in `shingle_redundancy`; repeated ones stay."""
+    return _shingles(_TOKEN.findall(text.casefold()), shingle_size)
 
 
 def _redundancy(units: list[_Unit], is_repeated: np.ndarray) -> Redundancy:
