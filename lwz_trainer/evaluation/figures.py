@@ -8,7 +8,7 @@ from dataclasses import dataclass
 __all__ = ["Series", "figure_svg"]
 
 _WIDTH, _HEIGHT = 640, 380
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 12, 46
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 30, 12, 46
 _NUM_COLOURS = 8  # page.css has c0 to c7
 
 

@@ -56,6 +56,7 @@ from lwz_trainer.evaluation.outcome import (
 from lwz_trainer.evaluation.page import report_page
 from lwz_trainer.evaluation.tables import table_csv, table_markdown
 from lwz_trainer.model.source import resolve_model_dir
+from lwz_trainer.rewards.text import split_paragraphs
 
 __all__ = ["Summary", "run_evaluation"]
 
@@ -226,11 +227,15 @@ def _named(pairs: tuple[str, ...], field: str) -> Iterator[tuple[str, str]]:
 
 
 def _baseline_texts(path: str) -> list[str]:
+    """The responses of a .jsonl file, or the paragraphs of a text."""
     if not path.endswith(".jsonl"):
         try:
-            return [Path(path).read_text(encoding="utf-8")]
+            text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"monitor.baseline: cannot read {path} ({error})") from error
+            raise UserError(
+                f"monitor.baseline: cannot read {path} ({error}); pass responses or UTF-8 text"
+            ) from error
+        return [text[start:end] for start, end in split_paragraphs(text)]
     texts = []
     for _, where, record in jsonl_rows(Path(path), path):
         if not isinstance(record, dict) or not isinstance(record.get("response"), str):

@@ -292,9 +292,9 @@ def test_figure_svg_places_points_on_its_axes() -> None:
         x_label="x",
         y_label="y",
     )
-    # The axes end at the outermost ticks: left edge 64, right 624, bottom 334, top 12.
+    # The axes end at the outermost ticks: left edge 64, right 610, bottom 334, top 12.
     assert 'cx="64.0" cy="334.0"' in svg
-    assert 'cx="624.0" cy="12.0"' in svg
+    assert 'cx="610.0" cy="12.0"' in svg
     assert "&lt;b&gt;" in svg
     assert "<b>" not in svg
     log = figure_svg(
@@ -305,7 +305,7 @@ def test_figure_svg_places_points_on_its_axes() -> None:
         is_log=True,
         diagonal=True,
     )
-    assert 'class="diagonal" x1="64.0" y1="334.0" x2="624.0" y2="12.0"' in log
+    assert 'class="diagonal" x1="64.0" y1="334.0" x2="610.0" y2="12.0"' in log
     nothing = [Series("s", ((math.nan, 1.0),))]
     assert figure_svg(nothing, title="T", x_label="x", y_label="y") == ""
 
