@@ -87,13 +87,15 @@ def generate_responses(
     """
     settings = _settings_digest(config, sampling)
     responses: dict[int, str] = {}
+    wanted = {item.index for item in items}  # an earlier run may have had a higher limit
     for record in journal.records:
         if record.get("settings") != settings:
             raise UserError(
                 f"{journal.path} holds responses written with other settings: pass another "
                 "output_dir or generate.name, or remove the file"
             )
-        responses[record["index"]] = record["response"]
+        if record["index"] in wanted:
+            responses[record["index"]] = record["response"]
     failures: list[str] = []
     remaining = [item for item in items if item.index not in responses]
     on_progress(len(items) - len(remaining), len(items))

@@ -306,11 +306,13 @@ def test_generation_by_the_engine_resumes_to_the_same_texts(tmp_path: Path) -> N
     sampling = resolve_sampling("longbench-write", config)
     assert (sampling.temperature, sampling.top_p, sampling.max_tokens) == (0.6, 0.95, 12)
 
-    def generate(name: str, config: GenerateConfig = config) -> dict[int, str]:
+    def generate(
+        name: str, config: GenerateConfig = config, num_items: int = 3
+    ) -> dict[int, str]:
         responses, failures = generate_responses(
             config,
             resolve_sampling("longbench-write", config),
-            items,
+            items[:num_items],
             Journal(tmp_path / name),
             tmp_path / "cache",
             lambda done, total: None,
@@ -325,6 +327,7 @@ def test_generation_by_the_engine_resumes_to_the_same_texts(tmp_path: Path) -> N
     lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "torn.jsonl").write_text(lines[0] + lines[1][:20])
     assert generate("torn.jsonl") == whole
+    assert generate("whole.jsonl", num_items=1) == {0: whole[0]}
     assert json.loads(lines[0])["num_tokens"] <= 12
     with pytest.raises(UserError, match="written with other settings"):
         generate("whole.jsonl", tiny_generation(tmp_path, seed=1))
