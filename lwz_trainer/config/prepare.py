@@ -54,7 +54,7 @@ class DuplicatesConfig:
 
 @dataclass(frozen=True)
 class LocalJudgeConfig:
-    """A model with a chat template, run by the trainer's own engine; sampled as in endpoint."""
+    """A model with a chat template, run by the trainer's own engine."""
 
     path: str = ""
     """Model directory, .gguf file or hub id."""

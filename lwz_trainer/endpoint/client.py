@@ -216,7 +216,7 @@ class Endpoint:
                 raise
         try:
             read(answer)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
             problem = f"{type(error).__name__}: {error}, in {str(answer)[:200]}"
             raise TransientFailure(f"an answer of another form ({problem})") from error
         return answer
@@ -245,12 +245,15 @@ def _api_key(variable: str) -> str:
             f"the environment variable {variable} (endpoint.api_key_env) is not set: export it, "
             "or leave the setting empty for a server without a key"
         )
+    if not key.isascii() or not key.isprintable():
+        raise UserError(f"the key in {variable} has characters that no key has: export it again")
     return key
 
 
 def _chat_text(answer: Any) -> str:
     # A model that thinks until its tokens are used up has no content.
-    return _text(answer["choices"][0]["message"]["content"] or "")
+    content = answer["choices"][0]["message"].get("content")
+    return "" if content is None else _text(content)
 
 
 def _completion_text(answer: Any) -> str:

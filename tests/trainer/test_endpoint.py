@@ -74,6 +74,7 @@ TRANSIENT = {
     "no choices": Reply('{"choices": []}'),
     "another schema": Reply('{"error": {"message": "overloaded"}}'),
     "a list": Reply("[1, 2]"),
+    "a message that is no object": Reply('{"choices": [{"message": "hello"}]}'),
     "content that is no text": Reply('{"choices": [{"message": {"content": 3}}]}'),
 }
 
@@ -363,6 +364,10 @@ def test_a_key_that_is_not_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     config = EndpointConfig(base_url="http://localhost:1/v1", model="m", api_key_env="TEST_KEY")
     with pytest.raises(UserError, match=r"environment variable TEST_KEY .* is not set"):
         Endpoint(config)
+    monkeypatch.setenv("TEST_KEY", "schlüssel")
+    with pytest.raises(UserError, match="the key in TEST_KEY has characters") as caught:
+        Endpoint(config)
+    assert "schlüssel" not in str(caught.value)
     with pytest.raises(UserError, match=r"set endpoint\.base_url"):
         Endpoint(EndpointConfig())
 

@@ -289,6 +289,27 @@ def test_prepare_goes_on_after_a_kill_without_repeating_a_call(
     assert (tmp_path / "fresh.jsonl").read_bytes() == resumed
 
 
+def test_prepare_that_is_interrupted_ends_in_one_line(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "in.jsonl", [conversation(request) for request in REQUESTS])
+    process: subprocess.Popen[str] | None = None
+
+    def answer(body: dict[str, Any], number: int) -> Reply:
+        if number == 3:
+            assert process is not None
+            process.send_signal(signal.SIGINT)
+        return good_judge(body, number)
+
+    with FaultServer(answer) as server:
+        args = make_args(tmp_path, server, **{"endpoint.concurrency": 1})
+        process = run_command(args)
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 1
+        assert errors == "error: interrupted; the same command goes on\n"
+        assert not (tmp_path / "out.jsonl").exists()
+        assert main(args) == 0
+    assert [row["prompt"] for row in read_jsonl(tmp_path / "out.jsonl")] == REQUESTS
+
+
 def test_prepare_ends_with_one_error_when_the_server_is_dead(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
