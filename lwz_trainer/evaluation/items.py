@@ -106,33 +106,36 @@ def load_requirement(name: str, subset: Path, criteria: Path, items: list[Item])
     """A requirement's two files: its subset, and the same records with its criteria only.
 
     Raises:
-        UserError: naming file and line, where a record is not one of `items` or a criterion is
-            not one of its item's.
+        UserError: naming the file, where a record is not one of `items` or a criterion is not one
+            of its item's.
     """
-    known = {item.index: item for item in items}
-    for path in (subset, criteria):
-        for loaded in load_items("writingbench", path):
-            if loaded.index not in known:
-                raise UserError(
-                    f"{path}: index {loaded.index} is not in the benchmark file; pass the files of "
-                    "one version of WritingBench"
-                )
-            names = {criterion.name for criterion in known[loaded.index].criteria}
-            strangers = [c.name for c in loaded.criteria if c.name not in names]
-            if strangers:
-                raise UserError(
-                    f"{path}: index {loaded.index} has the criterion {strangers[0]!r}, which the "
-                    "benchmark file does not have; pass the files of one version of WritingBench"
-                )
+    in_subset, restricted = (
+        _load_part(path, {item.index: item for item in items}) for path in (subset, criteria)
+    )
     return Requirement(
         name,
-        tuple(item.index for item in load_items("writingbench", subset)),
-        tuple(
-            (item.index, criterion.name)
-            for item in load_items("writingbench", criteria)
-            for criterion in item.criteria
-        ),
+        tuple(item.index for item in in_subset),
+        tuple((item.index, criterion.name) for item in restricted for criterion in item.criteria),
     )
+
+
+def _load_part(path: Path, known: Mapping[int, Item]) -> list[Item]:
+    """Records that are all parts of known ones."""
+    part = load_items("writingbench", path)
+    for item in part:
+        if item.index not in known:
+            raise UserError(
+                f"{path}: index {item.index} is not in the benchmark file; pass the files of "
+                "one version of WritingBench"
+            )
+        names = {criterion.name for criterion in known[item.index].criteria}
+        strangers = [c.name for c in item.criteria if c.name not in names]
+        if strangers:
+            raise UserError(
+                f"{path}: index {item.index} has the criterion {strangers[0]!r}, which the "
+                "benchmark file does not have; pass the files of one version of WritingBench"
+            )
+    return part
 
 
 def load_responses(path: Path, items: list[Item]) -> dict[int, str]:

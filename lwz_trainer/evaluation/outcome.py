@@ -68,6 +68,15 @@ class Outcome:
     warnings: list[str]
 
 
+@dataclass(frozen=True)
+class _Figures:
+    """Of one benchmark: for results.json, as tables, and one score for each (system, index)."""
+
+    scores: dict[str, Any]
+    tables: list[Table]
+    items: dict[tuple[str, int], float]
+
+
 def evaluate(
     benchmark: Benchmark,
     items: Sequence[Item],
@@ -90,40 +99,12 @@ def evaluate(
             benchmark's baselines.
         elo: how Arena-Write is rated.
     """
-    scores: dict[str, Any] = {}
-    tables: list[Table] = []
-    item_scores: dict[tuple[str, int], float] = {}
     if benchmark == "writingbench":
-        writing = {name: writing_scores(items, judgments, name, requirements) for name in systems}
-        scores = {name: dataclasses.asdict(s) for name, s in writing.items()}
-        tables = writing_tables(writing)
-        item_scores = {(n, i): v for n, s in writing.items() for i, v in s.items.items()}
+        figures = _writing_figures(items, systems, judgments, requirements)
     elif benchmark == "longbench-write":
-        length = {
-            name: length_scores(items, answers, judgments, name)
-            for name, answers in systems.items()
-        }
-        scores = {name: dataclasses.asdict(s) for name, s in length.items()}
-        tables = length_tables(length)
-        item_scores = {(n, i): row[2] for n, s in length.items() for i, row in s.items.items()}
+        figures = _length_figures(items, systems, judgments)
     else:
-        played, num_missing = pairings(items, judgments, list(systems))
-        if played:
-            arena = arena_scores(
-                played,
-                num_missing=num_missing,
-                anchor=elo.anchor,
-                virtual_ties=elo.virtual_ties,
-                num_bootstrap=elo.num_bootstrap,
-                seed=elo.seed,
-            )
-            scores = dataclasses.asdict(arena)
-            tables = arena_tables(arena)
-        won: dict[tuple[str, int], list[float]] = {}
-        for pairing in played:
-            won.setdefault((pairing.system, pairing.index), []).extend(pairing.outcomes)
-        item_scores = {key: fmean(outcomes) for key, outcomes in won.items()}
-
+        figures = _arena_figures(items, systems, judgments, elo)
     rows = [
         ItemRow(
             name,
@@ -131,7 +112,7 @@ def evaluate(
             item.group,
             count_words(answers[item.index]),
             wanted_range(item),
-            item_scores.get((name, item.index), math.nan),
+            figures.items.get((name, item.index), math.nan),
         )
         for name, answers in systems.items()
         for item in items
@@ -147,13 +128,66 @@ def evaluate(
         )
         for name, answers in systems.items()
     }
-    tables += monitor_tables(signs, overused)
     return Outcome(
-        scores=scores,
+        scores=figures.scores,
         rows=rows,
-        tables=tables,
+        tables=figures.tables + monitor_tables(signs, overused),
         figures=_item_figures(rows, list(systems), _SCORE_LABEL[benchmark]),
         warnings=_coverage_warnings(items, systems),
+    )
+
+
+def _writing_figures(
+    items: Sequence[Item],
+    systems: Mapping[str, Mapping[int, str]],
+    judgments: Judgments,
+    requirements: Sequence[Requirement],
+) -> _Figures:
+    scores = {name: writing_scores(items, judgments, name, requirements) for name in systems}
+    return _Figures(
+        {name: dataclasses.asdict(s) for name, s in scores.items()},
+        writing_tables(scores),
+        {(name, index): mean for name, s in scores.items() for index, mean in s.items.items()},
+    )
+
+
+def _length_figures(
+    items: Sequence[Item], systems: Mapping[str, Mapping[int, str]], judgments: Judgments
+) -> _Figures:
+    scores = {
+        name: length_scores(items, answers, judgments, name) for name, answers in systems.items()
+    }
+    return _Figures(
+        {name: dataclasses.asdict(s) for name, s in scores.items()},
+        length_tables(scores),
+        {(name, index): row[2] for name, s in scores.items() for index, row in s.items.items()},
+    )
+
+
+def _arena_figures(
+    items: Sequence[Item],
+    systems: Mapping[str, Mapping[int, str]],
+    judgments: Judgments,
+    elo: EloConfig,
+) -> _Figures:
+    played, num_missing = pairings(items, judgments, list(systems))
+    if not played:
+        return _Figures({}, [], {})
+    scores = arena_scores(
+        played,
+        num_missing=num_missing,
+        anchor=elo.anchor,
+        virtual_ties=elo.virtual_ties,
+        num_bootstrap=elo.num_bootstrap,
+        seed=elo.seed,
+    )
+    won: dict[tuple[str, int], list[float]] = {}
+    for pairing in played:
+        won.setdefault((pairing.system, pairing.index), []).extend(pairing.outcomes)
+    return _Figures(
+        dataclasses.asdict(scores),
+        arena_tables(scores),
+        {key: fmean(outcomes) for key, outcomes in won.items()},
     )
 
 

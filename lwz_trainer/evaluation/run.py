@@ -22,20 +22,11 @@ from lwz_trainer.atomic_text import write_text_atomically
 from lwz_trainer.config.endpoint import EndpointConfig
 from lwz_trainer.config.evaluation import EvalConfig
 from lwz_trainer.config.reading import dump_config
-from lwz_trainer.data.jsonl import jsonl_rows
-from lwz_trainer.data.templates import load_template
 from lwz_trainer.endpoint import BlockingEndpoint
-from lwz_trainer.errors import UserError
 from lwz_trainer.evaluation.answer import final_answer
 from lwz_trainer.evaluation.generation import generate_responses, resolve_sampling
-from lwz_trainer.evaluation.items import (
-    Benchmark,
-    Item,
-    Requirement,
-    load_items,
-    load_requirement,
-    load_responses,
-)
+from lwz_trainer.evaluation.inputs import Inputs, load_inputs
+from lwz_trainer.evaluation.items import Benchmark
 from lwz_trainer.evaluation.journal import Journal
 from lwz_trainer.evaluation.judging import (
     EndpointJudge,
@@ -45,7 +36,6 @@ from lwz_trainer.evaluation.judging import (
     judge_calls,
     quality_call,
 )
-from lwz_trainer.evaluation.monitor import TrainingSample, training_samples
 from lwz_trainer.evaluation.outcome import (
     ItemRow,
     Outcome,
@@ -55,8 +45,6 @@ from lwz_trainer.evaluation.outcome import (
 )
 from lwz_trainer.evaluation.page import report_page
 from lwz_trainer.evaluation.tables import table_csv, table_markdown
-from lwz_trainer.model.source import resolve_model_dir
-from lwz_trainer.rewards.text import split_paragraphs
 
 __all__ = ["Summary", "run_evaluation"]
 
@@ -76,15 +64,6 @@ class Summary:
     num_failures: int
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    items: list[Item]
-    responses: dict[str, dict[int, str]]
-    requirements: list[Requirement]
-    baseline_texts: list[str] | None
-    training: list[TrainingSample]
-
-
 def run_evaluation(
     benchmark: Benchmark, config: EvalConfig, *, judge: Judge | None = None
 ) -> Summary:
@@ -99,13 +78,13 @@ def run_evaluation(
         UserError: bad input; nothing was written.
         EndpointDown: a server is down; what was answered and judged is kept.
     """
-    inputs = _load(benchmark, config)
+    inputs = load_inputs(benchmark, config)
     judge_endpoint = _with_defaults(config.judge, _JUDGE_SAMPLING[benchmark])
     with _opened_judge(judge_endpoint, Path(config.output_dir), judge) as judge:
         return _run(benchmark, config, inputs, judge)
 
 
-def _run(benchmark: Benchmark, config: EvalConfig, inputs: _Inputs, judge: Judge | None) -> Summary:
+def _run(benchmark: Benchmark, config: EvalConfig, inputs: Inputs, judge: Judge | None) -> Summary:
     out = Path(config.output_dir)
     responses = dict(inputs.responses)
     failures: list[str] = []
@@ -159,89 +138,6 @@ def _run(benchmark: Benchmark, config: EvalConfig, inputs: _Inputs, judge: Judge
     write_text_atomically(out / "config.yaml", dump_config(config))
     _write(out, benchmark, outcome, page, facts, failures)
     return Summary(out / "report.html", len(failures))
-
-
-def _load(benchmark: Benchmark, config: EvalConfig) -> _Inputs:
-    """Reads and checks everything; makes nothing."""
-    if not config.data:
-        raise UserError(f"data is not set: pass the JSONL file of {benchmark}, --data=FILE.jsonl")
-    all_items = load_items(benchmark, Path(config.data))
-    responses: dict[str, dict[int, str]] = {}
-    for name, value in _named(config.responses, "responses"):
-        responses[name] = load_responses(Path(value), all_items)
-    if config.generate.name in responses:
-        raise UserError(
-            f"responses and generate.name both name '{config.generate.name}': rename one"
-        )
-    if not responses and not config.generate.name:
-        raise UserError(
-            "nothing to evaluate: pass --responses NAME=FILE.jsonl, or --generate.name with "
-            "--generate.model or --generate.endpoint.base_url"
-        )
-    if config.requirements and benchmark != "writingbench":
-        raise UserError(f"requirements belong to writingbench, got them with {benchmark}")
-    requirements = []
-    for name, value in _named(config.requirements, "requirements"):
-        subset, comma, criteria = value.partition(",")
-        if not comma:
-            raise UserError(
-                f"requirements: expected {name}=SUBSET.jsonl,CRITERIA.jsonl, got '{name}={value}'"
-            )
-        requirements.append(load_requirement(name, Path(subset), Path(criteria), all_items))
-    if config.generate.model:
-        resolve_model_dir(config.generate.model)
-    if config.generate.name and config.generate.template != "chat":
-        load_template(config.generate.template)
-    monitor = config.monitor
-    training: list[TrainingSample] = []
-    if monitor.run:
-        if not config.judge.base_url:
-            raise UserError("monitor.run needs a judge: set judge.base_url and judge.model")
-        training = training_samples(
-            Path(monitor.run), num_steps=monitor.run_steps, per_step=monitor.run_samples
-        )
-    items = all_items[: config.limit] if config.limit else all_items
-    kept = {item.index for item in items}
-    return _Inputs(
-        items,
-        {
-            name: {index: text for index, text in by_index.items() if index in kept}
-            for name, by_index in responses.items()
-        },
-        requirements,
-        _baseline_texts(monitor.baseline) if monitor.baseline else None,
-        training,
-    )
-
-
-def _named(pairs: tuple[str, ...], field: str) -> Iterator[tuple[str, str]]:
-    names: set[str] = set()
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not (name and equals and value):
-            raise UserError(f"{field}: expected NAME=FILE, got '{pair}'")
-        if name in names:
-            raise UserError(f"{field}: the name '{name}' is used twice; rename one")
-        names.add(name)
-        yield name, value
-
-
-def _baseline_texts(path: str) -> list[str]:
-    """The responses of a .jsonl file, or the paragraphs of a text."""
-    if not path.endswith(".jsonl"):
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"monitor.baseline: cannot read {path} ({error}); pass responses or UTF-8 text"
-            ) from error
-        return [text[start:end] for start, end in split_paragraphs(text)]
-    texts = []
-    for _, where, record in jsonl_rows(Path(path), path):
-        if not isinstance(record, dict) or not isinstance(record.get("response"), str):
-            raise UserError(f"{where}: expected an object with a text `response`")
-        texts.append(final_answer(record["response"]))
-    return texts
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Whole evaluations: stub judge or loopback server, tiny model, kills, and bad input."""
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -97,6 +98,18 @@ def test_run_evaluation_writes_hand_computed_tables(tmp_path: Path) -> None:
     assert results["scores"]["b"]["domains"]["Arts"] is None
     assert any("b answers 1 of 2 tasks" in warning for warning in results["warnings"])
     assert summary.report == out / "report.html"
+
+
+def test_run_evaluation_adds_requirements(tmp_path: Path) -> None:
+    subset = write_jsonl(tmp_path / "s.jsonl", [writing_record(3, "Law", ("Tone", "Length"))])
+    twin = write_jsonl(tmp_path / "c.jsonl", [writing_record(3, "Law", ("Length",))])
+    config = writing_case(tmp_path, requirements=(f"length={subset},{twin}",))
+    run_evaluation("writingbench", config, judge=StubJudge(by_criterion))
+    rows = read_csv(Path(config.output_dir) / "tables" / "requirements.csv")
+    assert rows == [
+        {"requirement": "length R", "a": "6.5", "b": "1.0"},
+        {"requirement": "length C", "a": "9.0", "b": "1.0"},
+    ]
 
 
 def test_report_page_shows_texts_as_text(tmp_path: Path) -> None:
@@ -203,6 +216,9 @@ def test_arena_evaluation_rates_systems_against_baselines(tmp_path: Path) -> Non
     ratings = read_csv(tmp_path / "out" / "tables" / "ratings.csv")
     assert {row["system"] for row in ratings[:3]} == {"mine", "old-a", "old-b"}
     assert "Harbour 3 by b." in (tmp_path / "out" / "report.html").read_text()
+    same_name = dataclasses.replace(config, responses=(f"old-a={path}",))
+    with pytest.raises(UserError, match="'old-a' is the name of a baseline"):
+        run_evaluation("arena-write", same_name, judge=judge)
 
 
 def test_eval_command_judges_through_a_failing_server(
@@ -306,9 +322,7 @@ def test_generation_by_the_engine_resumes_to_the_same_texts(tmp_path: Path) -> N
     sampling = resolve_sampling("longbench-write", config)
     assert (sampling.temperature, sampling.top_p, sampling.max_tokens) == (0.6, 0.95, 12)
 
-    def generate(
-        name: str, config: GenerateConfig = config, num_items: int = 3
-    ) -> dict[int, str]:
+    def generate(name: str, config: GenerateConfig = config, num_items: int = 3) -> dict[int, str]:
         responses, failures = generate_responses(
             config,
             resolve_sampling("longbench-write", config),
