@@ -1,10 +1,10 @@
 """An endpoint for callers without an event loop."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from lwz_trainer.config.endpoint import EndpointConfig
 from lwz_trainer.endpoint.client import Endpoint, Message, Usage
@@ -31,6 +31,8 @@ class BlockingEndpoint:
         self._num_tasks = 2 * config.concurrency
         self._endpoint = Endpoint(config, cache_path)
         self._runner = asyncio.Runner()
+        self._under_way: set[asyncio.Task[Any]] = set()
+        self._is_open = True
 
     def __enter__(self) -> Self:
         return self
@@ -43,6 +45,8 @@ class BlockingEndpoint:
         return self._endpoint.usage
 
     def close(self) -> None:
+        self._is_open = False
+        self._runner.run(_give_up(self._under_way))
         self._runner.run(self._endpoint.aclose())
         self._runner.close()
 
@@ -52,7 +56,7 @@ class BlockingEndpoint:
 
     def map(
         self, items: Iterable[T], call: Callable[[Endpoint, T], Awaitable[R]]
-    ) -> Iterator[tuple[T, R | EndpointError]]:
+    ) -> Generator[tuple[T, R | EndpointError], None, None]:
         """Each item with its answer or its failure, in the order in which they are done.
 
         Items are taken as there is room for them, so there may be millions. A request is only
@@ -73,13 +77,10 @@ class BlockingEndpoint:
                 pending[asyncio.ensure_future(call(self._endpoint, item))] = item
             if not pending:
                 return []
+            self._under_way.update(pending)
             done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            self._under_way -= done
             return [(pending.pop(task), _outcome(task)) for task in done]
-
-        async def give_up() -> None:
-            for task in pending:
-                task.cancel()
-            await asyncio.gather(*pending, return_exceptions=True)
 
         try:
             while results := self._runner.run(step()):
@@ -92,8 +93,16 @@ class BlockingEndpoint:
                 if down is not None:
                     raise down
         finally:
-            if pending:
-                self._runner.run(give_up())
+            # Who leaves the loop early may drop this generator after closing the endpoint.
+            if pending and self._is_open:
+                self._runner.run(_give_up(pending))
+                self._under_way -= pending.keys()
+
+
+async def _give_up(tasks: Collection[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _outcome(task: asyncio.Task[R]) -> R | EndpointError:

@@ -7,6 +7,7 @@ import re
 from typing import Literal
 
 from lwz_trainer.config.prepare import RulesConfig
+from lwz_trainer.data.prompts import prompt_language
 from lwz_trainer.prepare.sources import SourceRow
 from lwz_trainer.rewards.text import count_words
 
@@ -14,12 +15,11 @@ __all__ = ["request_language", "rule_against"]
 
 Language = Literal["en", "zh", "other"]
 
-_CHINESE = re.compile(r"[\u4e00-\u9fff]")
 _JAPANESE_OR_KOREAN = re.compile(r"[\u3041-\u30ff\uac00-\ud7af]")
 _LATIN = re.compile(r"[A-Za-zÀ-ÖØ-öø-\u024f\u1e00-\u1eff]")
 # Greek to Georgian, and the scripts of Africa and Asia up to U+1CFF but for phonetic letters.
 _OTHER_SCRIPT = re.compile(r"[\u0370-\u1cff]")
-_DECLARED = {"english": "en", "chinese": "zh", "en": "en", "zh": "zh"}
+_DECLARED = {"english": "en", "chinese": "zh", "en": "en", "zh": "zh", "unknown": ""}
 
 # These three are searched in lower-cased text.
 _CODE = re.compile(
@@ -84,7 +84,7 @@ def request_language(text: str, declared: str) -> Language:
     known = _DECLARED.get(declared.casefold(), "other" if declared else "")
     if known == "other" or _JAPANESE_OR_KOREAN.search(text):
         return "other"
-    if _CHINESE.search(text):
+    if prompt_language(text) == "zh":
         return "zh"
     is_latin = len(_LATIN.findall(text)) >= len(_OTHER_SCRIPT.findall(text))
     return "en" if is_latin else "other"

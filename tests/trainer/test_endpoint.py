@@ -271,6 +271,19 @@ def test_a_dead_server_fails_a_thousand_requests_with_one_error() -> None:
             list(answers)
 
 
+@pytest.mark.parametrize("is_left_inside", [True, False])
+def test_a_loop_over_answers_may_be_left_early(is_left_inside: bool) -> None:
+    with FaultServer(first_then_echo(chat_reply("0"), *[Hang(30)] * 9)) as server:
+        started = time.monotonic()
+        with BlockingEndpoint(make_config(server, concurrency=4)) as endpoint:
+            answers = endpoint.map(range(1000), lambda e, n: e.chat(ask(str(n)), parse=str))
+            next(answers)
+            if is_left_inside:
+                answers.close()
+        answers.close()
+        assert time.monotonic() - started < 25, "what was under way is not waited for"
+
+
 def test_a_server_that_comes_back_is_found_again() -> None:
     with (
         FaultServer(first_then_echo(*[Reply("", status=500)] * 3)) as server,

@@ -79,6 +79,7 @@ def test_lengths_flags_and_languages() -> None:
     [
         ("Write a story.", "", "en"),
         ("Write a story.", "English", "en"),
+        ("Write a story.", "unknown", "en"),
         ("Escribe un cuento.", "Spanish", "other"),
         ("Écris une lettre à Zoë.", "", "en"),  # script alone cannot tell
         ("写一个故事", "", "zh"),
