@@ -205,11 +205,11 @@ def _failure(error: EndpointError) -> str:
     if isinstance(error, AnswerError):
         return "no readable answer"
     if isinstance(error, RequestRefused):
-        return "refused by the judge's server"
+        return "refused by the judge"
     return _NO_ANSWER
 
 
-_NO_ANSWER = "no answer from the judge's server"
+_NO_ANSWER = "no answer from the judge"
 
 
 def _is_long_enough(candidate: Candidate, report: PrepareReport, stage: str) -> bool:

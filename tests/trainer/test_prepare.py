@@ -225,8 +225,8 @@ def test_prepare_counts_failures_and_asks_again_for_what_had_no_answer(
         args = make_args(tmp_path, server, **{"endpoint.max_attempts": 2})
         assert main(args) == 0
         assert dropped_of(read_report(tmp_path)) == {
-            ("quality", "refused by the judge's server"): 1,
-            ("quality", "no answer from the judge's server"): 1,
+            ("quality", "refused by the judge"): 1,
+            ("quality", "no answer from the judge"): 1,
             ("range", "no readable answer"): 1,
         }
         assert "1 requests got no answer; the same command asks" in capsys.readouterr().out
@@ -236,7 +236,7 @@ def test_prepare_counts_failures_and_asks_again_for_what_had_no_answer(
         # The refused one again, and quality and range of the one that had no answer.
         assert len(server.bodies) - num_asked == 3
     report = read_report(tmp_path)
-    assert ("quality", "no answer from the judge's server") not in dropped_of(report)
+    assert ("quality", "no answer from the judge") not in dropped_of(report)
     assert report["kept"] == len(REQUESTS) - 2
 
 
