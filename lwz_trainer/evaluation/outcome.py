@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -59,6 +59,7 @@ class Outcome:
         rows: one for each answer.
         tables, figures: in the order of the report; figures are SVG.
         warnings: lines at its head.
+        training: for results.json, rank correlations of reward model and judge.
     """
 
     scores: dict[str, Any]
@@ -66,6 +67,7 @@ class Outcome:
     tables: list[Table]
     figures: list[str]
     warnings: list[str]
+    training: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -242,11 +244,12 @@ def training_outcome(samples: Sequence[TrainingSample], judgments: Judgments) ->
         y_label="standard deviations from the mean",
     )
     return Outcome(
-        scores={"over_samples": over_samples, "over_steps": over_steps},
+        scores={},
         rows=[],
         tables=[table],
         figures=[figure] if figure else [],
         warnings=_drift_warning(whole),
+        training={"over_samples": over_samples, "over_steps": over_steps},
     )
 
 

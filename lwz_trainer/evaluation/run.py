@@ -122,7 +122,7 @@ def _run(benchmark: Benchmark, config: EvalConfig, inputs: Inputs, judge: Judge 
         elo=config.elo,
     )
     if inputs.training:
-        outcome = _joined(outcome, training_outcome(inputs.training, judged.judgments))
+        outcome = _with_training(outcome, training_outcome(inputs.training, judged.judgments))
     outcome.warnings.extend(_failure_warnings(failures, is_judged=judge is not None))
     judged_by = judge.settings if judge is not None else "nobody"
     facts = f"{len(inputs.items)} tasks; judged by {judged_by}"
@@ -167,13 +167,14 @@ def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _joined(first: Outcome, second: Outcome) -> Outcome:
+def _with_training(first: Outcome, second: Outcome) -> Outcome:
     return Outcome(
-        scores={"systems": first.scores, "training": second.scores},
-        rows=first.rows + second.rows,
+        scores=first.scores,
+        rows=first.rows,
         tables=first.tables + second.tables,
         figures=first.figures + second.figures,
         warnings=first.warnings + second.warnings,
+        training=second.training,
     )
 
 
@@ -202,6 +203,7 @@ def _write(
         "benchmark": benchmark,
         "facts": facts,
         "scores": outcome.scores,
+        "training": outcome.training,
         "warnings": outcome.warnings,
         "failures": failures,
     }

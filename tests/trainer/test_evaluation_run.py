@@ -356,6 +356,8 @@ def test_generation_by_an_endpoint_sends_the_benchmarks_sampling(
     data = write_jsonl(tmp_path / "w.jsonl", [writing_record(4, "Law", ("Tone",))])
 
     def answer(body: dict[str, Any], number: int) -> Reply:
+        if body["model"] == "critic":
+            return chat_reply('{"score": 4}')
         if "messages" in body:
             return chat_reply("<think>x</think>Served.")
         return Reply(json.dumps({"choices": [{"text": "<answer>Served.", "index": 0}]}))
@@ -370,10 +372,14 @@ def test_generation_by_an_endpoint_sends_the_benchmarks_sampling(
                 chat_system="Be brief." if template == "chat" else "",
                 endpoint=EndpointConfig(base_url=server.base_url, model="m"),
             ),
+            judge=EndpointConfig(base_url=server.base_url, model="critic"),
         )
-        run_evaluation("writingbench", config, judge=StubJudge(by_criterion))
-        run_evaluation("writingbench", config, judge=StubJudge(by_criterion))
-    [body] = server.bodies  # the second run wrote nothing anew
+        run_evaluation("writingbench", config)
+        run_evaluation("writingbench", config)
+    body, question = server.bodies  # the second run asked nothing anew
+    assert (question["model"], question["temperature"], question["top_p"]) == ("critic", 1.0, 0.95)
+    assert "x</think>" not in user_text(question)
+    assert "Served." in user_text(question)
     assert (body["temperature"], body["top_p"], body["top_k"], body["max_tokens"]) == (
         0.7,
         0.8,
@@ -415,6 +421,9 @@ def test_monitor_judges_samples_of_a_run(tmp_path: Path) -> None:
         ("2", "1", "0.2", "50.0"),
     ]
     assert "may be gaming the reward model" in (out / "report.md").read_text()
+    results = json.loads((out / "results.json").read_text())
+    assert results["scores"]["a"]["overall"] == 6.25
+    assert results["training"] == {"over_samples": None, "over_steps": None}  # of two points
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl"])

@@ -214,10 +214,10 @@ def test_wanted_range_is_the_records_or_the_requests() -> None:
 def test_system_signs_are_the_hand_computed_ones() -> None:
     items = [make_item(i, "x", target=target) for i, target in enumerate((100, 100, 100, 10))]
     sentence = "The ferry left long before dawn and nobody at all said a word."
-    answers = {0: "word " * 50, 1: "word " * 105, 2: "", 3: " ".join([sentence] * 4)}
+    answers = {0: "word " * 50, 1: "word " * 90, 2: "", 3: " ".join([sentence] * 4)}
     signs = system_signs(items, answers)
     assert (signs.num_answers, signs.num_empty, signs.num_with_range) == (4, 1, 4)
-    assert signs.mean_words == (50 + 105 + 0 + 52) / 4
+    assert signs.mean_words == (50 + 90 + 0 + 52) / 4
     assert (signs.in_range_frac, signs.short_frac, signs.long_frac) == (0.25, 0.5, 0.25)
     # One unit of one word over and over repeats itself; of four equal sentences three repeat.
     assert signs.redundancy == pytest.approx((1 + 1 + 0 + 0.75) / 4)
@@ -269,7 +269,7 @@ def training(rewards: list[float], scores: list[int]) -> Any:
 
 def test_training_outcome_warns_where_reward_rises_and_judge_falls() -> None:
     hacked = training([0.1, 0.2, 0.5, 0.9], [4, 4, 2, 1])
-    assert hacked.scores["over_steps"] == pytest.approx(-0.9486833)
+    assert hacked.training["over_steps"] == pytest.approx(-0.9486833)
     assert "the judge's fell by 62.5" in hacked.warnings[0]
     assert hacked.tables[0].rows[3][:4] == (3, 1, 0.9, 0.0)
     assert len(hacked.figures) == 1
