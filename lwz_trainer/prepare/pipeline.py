@@ -234,7 +234,8 @@ def _write(candidates: list[Candidate], report: PrepareReport, console: RunConso
                     "language": candidate.language,
                     "range_from": candidate.range_from,
                     "source": candidate.where,
-                }
+                },
+                ensure_ascii=False,
             )
             for candidate in candidates
         ]

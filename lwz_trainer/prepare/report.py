@@ -14,6 +14,7 @@ from lwz_trainer.config.prepare import PrepareConfig
 
 __all__ = ["Candidate", "PrepareReport"]
 
+_STAGES = ("rules", "duplicates", "explicit counts", "draw", "quality", "range")
 _RANGE_EDGES = (0, 500, 1000, 2000, 3000, 4000, 6000, 8000, 10_000, 12_001)
 
 
@@ -44,7 +45,7 @@ class PrepareReport:
     rows_read: Counter[str] = field(default_factory=Counter)
     """By input."""
     dropped: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """By (stage, reason), in the order of the stages."""
+    """By (stage, reason)."""
     kept: Sequence[Candidate] = ()
     judge_usage: dict[str, int] = field(default_factory=dict)
     """Of this run; answers of an earlier one are cache hits."""
@@ -64,7 +65,7 @@ class PrepareReport:
             "rows_read": dict(self.rows_read),
             "dropped": [
                 {"stage": stage, "reason": reason, "rows": rows}
-                for (stage, reason), rows in self.dropped.items()
+                for (stage, reason), rows in self._dropped_in_order()
             ],
             "kept": len(self.kept),
             "kept_by_language": dict(Counter(kept.language for kept in self.kept)),
@@ -77,7 +78,7 @@ class PrepareReport:
     def as_markdown(self) -> str:
         total = sum(self.rows_read.values())
         rows = [("read", name, count) for name, count in self.rows_read.items()]
-        rows += [(stage, reason, -count) for (stage, reason), count in self.dropped.items()]
+        rows += [(stage, reason, -count) for (stage, reason), count in self._dropped_in_order()]
         for language, count in sorted(Counter(kept.language for kept in self.kept).items()):
             rows.append(("kept", language, count))
         lines = ["| stage | what | rows | of all |", "|---|---|---|---|"]
@@ -88,6 +89,12 @@ class PrepareReport:
         for bucket in self._ranges():
             lines.append(f"| {bucket['from']:,} to {bucket['below'] - 1:,} | {bucket['rows']:,} |")
         return "\n".join(lines) + "\n"
+
+    def _dropped_in_order(self) -> list[tuple[tuple[str, str], int]]:
+        """By stage, then the most frequent reason first."""
+        return sorted(
+            self.dropped.items(), key=lambda item: (_STAGES.index(item[0][0]), -item[1], item[0][1])
+        )
 
     def _ranges(self) -> list[dict[str, int]]:
         middles = [sum(kept.length_range) // 2 for kept in self.kept if kept.length_range]

@@ -147,6 +147,8 @@ def test_prepare_accounts_for_every_row(tmp_path: Path, capsys: pytest.CaptureFi
         ("range", "cannot be fulfilled"): 1,
         ("range", "below min_range"): 1,
     }
+    stages = ["rules", "duplicates", "explicit counts", "quality", "range"]
+    assert list(dict.fromkeys(row["stage"] for row in report["dropped"])) == stages
     assert report["kept_by_language"] == {"en": 4, "zh": 1}
     assert report["range_from"] == {"judge": 2, "rules": 2, "data": 1}
     assert sum(bucket["rows"] for bucket in report["ranges_by_middle"]) == 5
@@ -168,6 +170,7 @@ def test_prepare_accounts_for_every_row(tmp_path: Path, capsys: pytest.CaptureFi
         ),
         ("A request with its own range", (700, 900), "en"),
     ]
+    assert "请写一篇" in (tmp_path / "out.jsonl").read_text(encoding="utf-8")
     table = capsys.readouterr().out
     assert table.startswith((tmp_path / "out.report.md").read_text())
     assert "| rules | program code | -1 | 5.9% |" in table
