@@ -101,8 +101,12 @@ def generate_responses(
     on_progress(len(items) - len(remaining), len(items))
     if not remaining:
         return responses, failures
-    write = _write_here if config.model else _write_served
-    for index, outcome in write(config, sampling, remaining, cache_path):
+    written = (
+        _write_here(config, sampling, remaining)
+        if config.model
+        else _write_served(config, sampling, remaining, cache_path)
+    )
+    for index, outcome in written:
         if isinstance(outcome, EndpointError):
             failures.append(f"{config.name}, index {index}: no response: {outcome}")
         else:
@@ -113,9 +117,9 @@ def generate_responses(
 
 
 def _write_here(
-    config: GenerateConfig, sampling: Sampling, items: list[Item], cache_path: Path
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """By the own engine, `max_num_seqs` responses at a time. No call is paid, so no cache."""
+    config: GenerateConfig, sampling: Sampling, items: list[Item]
+) -> Iterator[tuple[int, dict[str, Any] | EndpointError]]:
+    """By the own engine, `max_num_seqs` responses at a time."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model_dir = resolve_model_dir(config.model)
     model, tokenizer = load_pretrained(

@@ -89,7 +89,7 @@ def load_items(benchmark: Benchmark, path: Path) -> list[Item]:
     items: list[Item] = []
     lines: dict[int, str] = {}
     for _, where, record in jsonl_rows(path, str(path)):
-        item = parse(_Fields(record, where), len(items))
+        item = parse(_Fields(record, where, row=len(items)))
         if item.index in lines:
             raise UserError(
                 f"{where}: index {item.index} stands in {lines[item.index]} already; expected "
@@ -172,13 +172,14 @@ def load_responses(path: Path, items: list[Item]) -> dict[int, str]:
 
 
 class _Fields:
-    """One record's fields, each checked where it is read."""
+    """One record's fields, each checked where it is read; `row` counts records from 0."""
 
-    def __init__(self, record: Any, where: str) -> None:
+    def __init__(self, record: Any, where: str, *, row: int = 0) -> None:
         if not isinstance(record, dict):
             raise UserError(f"{where} holds a {type(record).__name__}, expected an object")
         self._record = record
         self.where = where
+        self.row = row
 
     def _get(self, name: str) -> Any:
         if name not in self._record:
@@ -235,7 +236,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _writingbench_item(fields: _Fields, row: int) -> Item:
+def _writingbench_item(fields: _Fields) -> Item:
     criteria = tuple(
         Criterion(
             name=child.text("name"),
@@ -255,7 +256,7 @@ def _writingbench_item(fields: _Fields, row: int) -> Item:
     )
 
 
-def _arena_item(fields: _Fields, row: int) -> Item:
+def _arena_item(fields: _Fields) -> Item:
     return Item(
         index=fields.integer("idx"),
         prompt=fields.text("question"),
@@ -265,16 +266,16 @@ def _arena_item(fields: _Fields, row: int) -> Item:
     )
 
 
-def _longbench_item(fields: _Fields, row: int) -> Item:
+def _longbench_item(fields: _Fields) -> Item:
     return Item(
-        index=row,
+        index=fields.row,
         prompt=fields.text("prompt"),
         group=fields.text("type"),
         target=fields.word_count("length"),
     )
 
 
-_PARSERS: dict[str, Callable[[_Fields, int], Item]] = {
+_PARSERS: dict[str, Callable[[_Fields], Item]] = {
     "writingbench": _writingbench_item,
     "arena-write": _arena_item,
     "longbench-write": _longbench_item,
