@@ -162,7 +162,8 @@ class Watch:
             if not self._is_older_than(self._silence_s, "ended", now):
                 return None
             return f"{self._name(ended)} ended: {peers[ended[0]].beat['why']}"
-        if self._state == "gave up" and not hanging:
+        is_everyone_known = len(peers) == len(self._keys) - 1
+        if self._state == "gave up" and not hanging and is_everyone_known:
             self._is_failure_common.set()
         # Silence is noticed earlier: a rank that died is not taken for one that hangs.
         elif self._state == "gave up" and self._is_older_than(

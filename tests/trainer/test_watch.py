@@ -67,11 +67,21 @@ def outcome(process: subprocess.Popen) -> tuple[int, str, float]:
     return process.returncode, err, time.monotonic() - since
 
 
+def test_a_rank_that_dies_before_the_first_beats_is_not_taken_for_a_common_failure() -> None:
+    with started(watched("signal", -1)) as processes:
+        wait_for_line(processes[0], "step 0")
+        processes[0].send_signal(signal.SIGKILL)
+        code, err, seconds = outcome(processes[1])
+    assert code == 1, err
+    assert "rank 0" in err
+    assert seconds < TIMEOUT_S
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("bad_rank", [0, 1])
 def test_a_rank_that_is_gone_is_named_by_the_other(number: signal.Signals, bad_rank: int) -> None:
     with started(watched("signal", -1)) as processes:
-        wait_for_line(processes[bad_rank], "step 5")
+        wait_for_line(processes[bad_rank], "step 100")  # beats were exchanged by now
         processes[bad_rank].send_signal(number)
         code, err, seconds = outcome(processes[1 - bad_rank])
     assert code == 1, err
