@@ -27,7 +27,8 @@ TESTS = [
     ["-m", "ruff", "format", "--check", "."],
     ["-m", "mypy"],
     ["-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"],
-    ["-m", "pytest"],
+    # A file a worker: fixtures that compile or spawn ranks are a file's own.
+    ["-m", "pytest", "--numprocesses=2", "--dist=loadfile"],
 ]
 
 
