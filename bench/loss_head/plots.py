@@ -62,6 +62,7 @@ def _draw(time_axis: Any, memory_axis: Any, key: tuple[str, ...], rows: list[dic
     memory_axis.set_xlabel("GiB, peak of one call over its inputs", fontsize=8)
     for axis in (time_axis, memory_axis):
         axis.tick_params(labelsize=8)
+        axis.locator_params(axis="x", nbins=6)
 
 
 def _color(name: str) -> str:
