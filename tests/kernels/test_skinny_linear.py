@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -42,13 +42,14 @@ def _assert_as_good_as_reference(
 ) -> None:
     """At most twice the error of plain torch in the same dtypes, plus the floor of fp32 sums.
 
-    The floor is eight roundings of the size of the sum of magnitudes' root mean square: what
-    another order of summation costs where torch happens to be exact.
+    The floor is eight roundings of the size of a sum of K random terms, and one for each link of a
+    chain of at most 256: what another order of summation costs where torch happens to be exact.
     """
     wide_bias = None if bias is None else bias.double()
     truth = reference.skinny_linear(x.double(), weight.double(), wide_bias, out_dtype=torch.float64)
     eager = reference.skinny_linear(x, weight, bias, out_dtype=out.dtype)
-    floor = 8 * torch.finfo(FP32).eps * x.shape[1] ** 0.5
+    depth = x.shape[1]
+    floor = torch.finfo(FP32).eps * (8 * depth**0.5 + min(depth, 256))
     error = (out.double() - truth).abs().max().item()
     assert error <= 2 * (eager.double() - truth).abs().max().item() + floor
 
@@ -147,6 +148,7 @@ def test_native_keeps_a_non_finite_row_to_itself() -> None:
     has_bias=st.booleans(),
     dtypes=st.sampled_from(DTYPES),
 )
+@example(rows=1, columns=58, steps=30, has_bias=False, dtypes=(FP32, FP32, FP32))
 def test_skinny_linear_auto_agrees_with_reference(
     rows: int, columns: int, steps: int, has_bias: bool, dtypes: tuple[torch.dtype, ...]
 ) -> None:

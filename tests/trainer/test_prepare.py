@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -300,6 +301,7 @@ def test_prepare_that_is_interrupted_ends_in_one_line(tmp_path: Path) -> None:
         if number == 3:
             assert process is not None
             process.send_signal(signal.SIGINT)
+            time.sleep(3)  # the signal comes before the answer
         return good_judge(body, number)
 
     with FaultServer(answer) as server:
