@@ -250,6 +250,8 @@ def run_command(args: list[str]) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A parent that ignores SIGINT, as a job in the background does, would pass that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         env={**os.environ, "NO_PROXY": "127.0.0.1"},
     )
 
