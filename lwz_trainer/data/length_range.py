@@ -59,11 +59,11 @@ def explicit_length_range(prompt: str) -> tuple[int, int] | None:
     mentions = [*_english_mentions(text), *_chinese_mentions(text)]
     if not mentions:
         return None
-    low, high = max((mention.words() for mention in mentions), key=lambda words: words[1])
-    # A count of 12,000 is allowed, so ten percent above the limit is cut off, not refused.
-    if low >= MAX_WORDS or high > MAX_WORDS * (1 + _TOLERANCE) + 1:
+    piece = max(mentions, key=lambda mention: mention.words()[1])
+    low, high = piece.words()
+    if piece.high > MAX_WORDS or low >= MAX_WORDS:
         return 0, 0
-    high = min(high, MAX_WORDS)
+    high = min(high, MAX_WORDS)  # the tolerance above a count of 12,000 is cut off
     if high - low > MAX_WIDTH:
         middle = (low + high) // 2
         low, high = middle - MAX_WIDTH // 2, middle + MAX_WIDTH // 2
@@ -74,7 +74,7 @@ def explicit_length_range(prompt: str) -> tuple[int, int] | None:
 
 _TO = r"(?:\s*(?:-|–|—|~|to|and|or)\s*)"
 _UNIT = r"(?P<unit>[- ]?(?:english |chinese )?words?\b|[- ]?pages?\b|w\b)"
-_COUNT = rf"(?P<low>{ENGLISH_NUMBER})(?:(?:[- ]?words?)?{_TO}(?P<high>{ENGLISH_NUMBER}))?\+?{_UNIT}"
+_COUNT = rf"(?P<low>{ENGLISH_NUMBER})(?:(?:[- ]?words?)?{_TO}(?P<high>{ENGLISH_NUMBER}))?(?P<plus>\+)?{_UNIT}"
 _LABEL = r"(?:word (?:count|limit|length|target)|length|number of words)"
 _LABELLED = (
     rf"\b{_LABEL}\b(?: should| must| is| of| be| to| between| around| about| approximately"
@@ -171,7 +171,7 @@ def _mention(match: re.Match[str], before: str, after: str, factor: float) -> _M
         return _Mention(min(low, high), max(low, high), "range")
     if _AT_MOST_BEFORE.search(before) or _AT_MOST_AFTER.match(after):
         return _Mention(low, low, "most")
-    has_plus = match.group().rstrip("words -page").endswith("+")
+    has_plus = match.groupdict().get("plus")
     if has_plus or _AT_LEAST_BEFORE.search(before) or _AT_LEAST_AFTER.match(after):
         return _Mention(low, low, "least")
     return _Mention(low, low, "about")
