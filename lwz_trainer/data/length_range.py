@@ -74,7 +74,10 @@ def explicit_length_range(prompt: str) -> tuple[int, int] | None:
 
 _TO = r"(?:\s*(?:-|–|—|~|to|and|or)\s*)"
 _UNIT = r"(?P<unit>[- ]?(?:english |chinese )?words?\b|[- ]?pages?\b|w\b)"
-_COUNT = rf"(?P<low>{ENGLISH_NUMBER})(?:(?:[- ]?words?)?{_TO}(?P<high>{ENGLISH_NUMBER}))?(?P<plus>\+)?{_UNIT}"
+_COUNT = (
+    rf"(?P<low>{ENGLISH_NUMBER})(?:(?:[- ]?words?)?{_TO}(?P<high>{ENGLISH_NUMBER}))?"
+    rf"(?P<plus>\+)?{_UNIT}"
+)
 _LABEL = r"(?:word (?:count|limit|length|target)|length|number of words)"
 _LABELLED = (
     rf"\b{_LABEL}\b(?: should| must| is| of| be| to| between| around| about| approximately"
