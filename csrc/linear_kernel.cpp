@@ -22,7 +22,7 @@ constexpr int kTileColumns[] = {4, 2};
 constexpr int kMaxTileVecs = sizeof(kTileColumns) / sizeof(kTileColumns[0]);
 constexpr int kMaxTileColumns = 8;
 // What a pass reads of x^T for one tile, 192 KiB at most, stays in the L2 cache.
-constexpr int64_t kPassBlocks = 8;
+constexpr int64_t kPassBlocks = 32;
 constexpr int kLineBytes = 64;
 constexpr int kEdge = 8;  // of the squares that are transposed
 

@@ -7,7 +7,7 @@
 
 constexpr int64_t kDepthStep = 8;
 // The sums over k run in blocks of equal size, at most this long, that are added in order.
-constexpr int64_t kMaxBlockDepth = 256;
+constexpr int64_t kMaxBlockDepth = 64;
 
 struct LwzLinear {
     const void* x;       // [num_rows, depth]

@@ -53,7 +53,7 @@ def skinny_linear(
         [M, N] of `out_dtype`.
 
     Numerics: fp32 accumulation, one rounding to `out_dtype`. "native" sums over k in blocks of at
-        most 256 whose order depends on K alone: a row's result has the same bits for any M, any
+        most 64 whose order depends on K alone: a row's result has the same bits for any M, any
         other rows, and any number of threads.
 
     Raises:
