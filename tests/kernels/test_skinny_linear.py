@@ -66,7 +66,8 @@ def test_native_is_as_good_as_reference(
     _assert_as_good_as_reference(out, x, weight, bias)
 
 
-# Columns around a tile (4, 6, 8) and a chunk (24, 48); depths around a block (64) and a pass (2,048).
+# Columns around a tile (4, 6, 8) and a chunk (24, 48); depths around a block (64), four of them and
+# a pass (2,048).
 @pytest.mark.parametrize("columns", [1, 2, 5, 7, 8, 24, 25, 49, 150, 401])
 @pytest.mark.parametrize("rows", [3, 12, 20, 30])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
@@ -79,7 +80,7 @@ def test_native_handles_any_number_of_columns(
     _assert_as_good_as_reference(out, x, weight, bias)
 
 
-@pytest.mark.parametrize("depth", [8, 16, 56, 64, 72, 248, 256, 264, 512, 520, 2048, 2056, 4104, 16384])
+@pytest.mark.parametrize("depth", [8, 56, 64, 72, 248, 256, 264, 520, 2048, 2056, 4104, 16384])
 @pytest.mark.parametrize("rows", [5, 18, 35])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("level", LEVELS)
