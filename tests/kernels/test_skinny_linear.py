@@ -80,7 +80,9 @@ def test_native_handles_any_number_of_columns(
     _assert_as_good_as_reference(out, x, weight, bias)
 
 
-@pytest.mark.parametrize("depth", [8, 56, 64, 72, 248, 256, 264, 520, 2048, 2056, 4104, 16384])
+@pytest.mark.parametrize(
+    "depth", [8, 16, 56, 64, 72, 248, 256, 264, 512, 520, 2048, 2056, 4104, 16384]
+)
 @pytest.mark.parametrize("rows", [5, 18, 35])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("level", LEVELS)
