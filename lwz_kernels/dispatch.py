@@ -12,8 +12,12 @@ _choices: dict[str, list[str]] = {}
 
 def log_choice_once(op: str, impl: str, reason: str) -> None:
     """Logs at INFO level that `op` runs as `impl` because of `reason`, once per such triple."""
-    if not torch.compiler.is_compiling():
-        _log(op, impl, reason)
+    if torch.compiler.is_compiling():
+        return
+    impls = _choices.setdefault(op, [])
+    if impl not in impls:
+        impls.append(impl)
+    _log(op, impl, reason)
 
 
 def impl_choices() -> dict[str, tuple[str, ...]]:
@@ -23,7 +27,4 @@ def impl_choices() -> dict[str, tuple[str, ...]]:
 
 @functools.cache
 def _log(op: str, impl: str, reason: str) -> None:
-    impls = _choices.setdefault(op, [])
-    if impl not in impls:
-        impls.append(impl)
     logging.getLogger("lwz_kernels").info("%s: impl=%s (%s)", op, impl, reason)

@@ -8,11 +8,12 @@ shapes, dtypes and contiguity are the operators' job.
 
 import ctypes
 import functools
-import importlib.util
 import math
 from pathlib import Path
 
 import torch
+
+from lwz_kernels.shared_library import load_shared_library
 
 __all__ = [
     "best_level",
@@ -272,25 +273,16 @@ def _library() -> ctypes.CDLL:
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and why not."""
-    spec = importlib.util.find_spec("lwz_kernels._native")
-    if spec is None or spec.origin is None:
-        return None, (
-            "lwz_kernels/_native.so was not built: install a C++ compiler and cmake, "
-            "then run pip install . again"
-        )
-    try:
-        _share_openmp_runtime()
-        library = ctypes.CDLL(spec.origin)
-    except OSError as error:
-        return None, f"{spec.origin} does not load: {error}"
-    version = library.lwz_abi_version()
-    if version != ABI_VERSION:
-        return None, (
-            f"{spec.origin} has interface version {version}, expected {ABI_VERSION}: "
-            "run pip install . again"
-        )
-    _declare(library)
-    return library, ""
+    library, reason = load_shared_library(
+        "lwz_kernels._native",
+        "lwz_abi_version",
+        ABI_VERSION,
+        needs="install a C++ compiler and cmake, then run pip install . again",
+        prepare=_share_openmp_runtime,
+    )
+    if library is not None:
+        _declare(library)
+    return library, reason
 
 
 def _share_openmp_runtime() -> None:

@@ -18,6 +18,7 @@ from lwz_kernels.attention.op import (
 from lwz_kernels.attention.reference import attention_bwd_reference, attention_reference
 from lwz_kernels.attention.sdpa import sdpa_attention
 from lwz_kernels.attention.segments import SegmentTable
+from lwz_kernels.dtypes import wide_dtype
 
 __all__ = ["attention", "attention_bwd", "attention_fwd", "resolve_impl"]
 
@@ -277,7 +278,7 @@ def _check_gradients(
             raise ValueError(f"attention_bwd: expected {name} {[*q.shape]}, got {[*tensor.shape]}")
         if not tensor.is_floating_point():
             raise TypeError(f"attention_bwd: expected a floating point {name}, got {tensor.dtype}")
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(q.dtype)
     for name, statistic in (("lse", lse), ("dlse", dlse)):
         if statistic is None:
             continue

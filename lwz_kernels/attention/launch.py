@@ -15,6 +15,7 @@ from lwz_kernels.attention.kernels import (
 )
 from lwz_kernels.attention.segments import SegmentTable
 from lwz_kernels.attention.tiles import key_tiles, query_tiles
+from lwz_kernels.dtypes import wide_dtype
 
 __all__ = ["attention_bwd_triton", "attention_fwd_triton"]
 
@@ -68,7 +69,7 @@ def attention_fwd_triton(
     """
     num_tokens, num_heads, head_size = q.shape
     is_fp64 = q.dtype == torch.float64
-    wide = torch.float64 if is_fp64 else torch.float32
+    wide = wide_dtype(q.dtype)
     # Written by the kernel where a query sees a key.
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.full((num_heads, num_tokens), float("-inf"), dtype=wide, device=q.device)

@@ -18,6 +18,7 @@ from lwz_kernels.attention.torch_blocks import (
     attention_bwd_blocks,
     attention_fwd_blocks,
 )
+from lwz_kernels.dtypes import wide_dtype
 
 __all__ = ["attention_op", "run_attention_bwd", "run_attention_fwd", "with_lse_gradient"]
 
@@ -135,7 +136,7 @@ def _cached_table(segments: tuple[tuple[int, ...], ...], num_q: int, num_k: int)
 
 @torch.library.register_fake("lwz::attention")
 def _attention_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(q.dtype)
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=wide)
 
 

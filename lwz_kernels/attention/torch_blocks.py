@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lwz_kernels.attention.segments import Segment
+from lwz_kernels.dtypes import wide_dtype
 
 __all__ = ["attention_bwd_blocks", "attention_fwd_blocks"]
 
@@ -50,7 +51,7 @@ def attention_fwd_blocks(
     window_size: int | None,
 ) -> tuple[Tensor, Tensor]:
     """out [Tq, H, K] in the dtype of q and lse [H, Tq]."""
-    wide = _wide(q)
+    wide = wide_dtype(q.dtype)
     num_tokens, num_heads, _ = q.shape
     out_THK = q.new_zeros(q.shape)
     lse_HT = q.new_full((num_heads, num_tokens), float("-inf"), dtype=wide)
@@ -80,7 +81,7 @@ def attention_bwd_blocks(
 
     lse is +inf, not −inf, for a query whose softmax saw nothing.
     """
-    wide = _wide(q)
+    wide = wide_dtype(q.dtype)
     num_heads, num_kv_heads = q.shape[1], k.shape[1]
     dq_THK = q.new_zeros(q.shape, dtype=wide)
     dk_TJK, dv_TJK = (x.new_zeros(x.shape, dtype=wide) for x in (k, v))
@@ -155,7 +156,3 @@ def _from_rows(x_JRK: Tensor, num_heads: int) -> Tensor:
     num_kv_heads, _, size = x_JRK.shape
     x_JBGK = x_JRK.view(num_kv_heads, -1, num_heads // num_kv_heads, size)
     return x_JBGK.transpose(0, 1).reshape(-1, num_heads, size)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

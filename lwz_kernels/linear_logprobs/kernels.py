@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lwz_kernels.dtypes import wide_dtype
 from lwz_kernels.loss_head.rows import finish_statistics
 from lwz_kernels.loss_head.triton_rows import merge_lanes, scaled_logits
 
@@ -115,7 +116,7 @@ def linear_statistics(
         )
     num_rows, depth = hidden.shape
     vocab_size = weight.shape[0]
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(hidden.dtype)
     out_4T = torch.empty(4, num_rows, dtype=wide, device=hidden.device)
     if num_rows == 0:
         return out_4T

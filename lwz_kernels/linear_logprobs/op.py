@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lwz_kernels.dtypes import wide_dtype
 from lwz_kernels.loss_head.checks import check_labels, without_autocast
 from lwz_kernels.loss_head.head import LossHead
-from lwz_kernels.loss_head.matmul import wide_dtype
 from lwz_kernels.loss_head.rows import RowPass, choose_rows
 
 __all__ = ["HeadOptions", "ShardedLinearLogprobs", "linear_logprobs_op"]

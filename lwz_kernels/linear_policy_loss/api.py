@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lwz_kernels.dtypes import wide_dtype
 from lwz_kernels.linear_policy_loss.config import PolicyLossConfig
 from lwz_kernels.linear_policy_loss.op import (
     METRIC_NAMES,
@@ -15,7 +16,6 @@ from lwz_kernels.linear_policy_loss.op import (
 from lwz_kernels.linear_policy_loss.reference import linear_policy_loss_reference
 from lwz_kernels.loss_head.checks import check_head, expand_temperature, whole_weight
 from lwz_kernels.loss_head.chunks import default_chunk_bytes
-from lwz_kernels.loss_head.matmul import wide_dtype
 
 __all__ = ["linear_policy_loss"]
 

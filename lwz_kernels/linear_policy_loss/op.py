@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lwz_kernels.dtypes import wide_dtype
 from lwz_kernels.linear_policy_loss.config import PolicyLossConfig
 from lwz_kernels.linear_policy_loss.objective import (
     ObjectiveRows,
@@ -31,7 +32,6 @@ from lwz_kernels.linear_policy_loss.objective import (
 )
 from lwz_kernels.loss_head.checks import check_labels, without_autocast
 from lwz_kernels.loss_head.head import HeadGradients, LossHead
-from lwz_kernels.loss_head.matmul import wide_dtype
 from lwz_kernels.loss_head.rows import RowPass, choose_rows
 
 __all__ = [

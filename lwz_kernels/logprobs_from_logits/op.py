@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lwz_kernels.dtypes import wide_dtype
 from lwz_kernels.loss_head.checks import check_labels
 from lwz_kernels.loss_head.chunks import balanced_slices, default_chunk_bytes
-from lwz_kernels.loss_head.matmul import wide_dtype
 from lwz_kernels.loss_head.rows import RowPass, choose_rows, finish_statistics
 
 __all__ = ["logprobs_from_logits_op"]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
-from lwz_kernels.loss_head.matmul import wide_dtype
+from lwz_kernels.dtypes import wide_dtype
 
 __all__ = [
     "check_head",

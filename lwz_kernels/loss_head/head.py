@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lwz_kernels.dtypes import wide_dtype
 from lwz_kernels.loss_head.chunks import balanced_slices
-from lwz_kernels.loss_head.matmul import HeadProducts, wide_dtype
+from lwz_kernels.loss_head.matmul import HeadProducts
 from lwz_kernels.loss_head.rows import RowPass, finish_statistics
 from lwz_kernels.loss_head.vocab_parallel import vocab_shard
 

@@ -13,16 +13,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["HeadProducts", "has_native_bf16", "matmul_wide", "wide_dtype"]
+from lwz_kernels.dtypes import wide_dtype
+
+__all__ = ["HeadProducts", "has_native_bf16", "matmul_wide"]
 
 # Of the head in fp32: fits a CPU's last cache beside what it is multiplied with.
 _TILE_BYTES = 4 << 20
 _BF16_MATRIX_CAPABILITIES = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The accumulation type: fp64 for fp64, else fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def matmul_wide(a: Tensor, b: Tensor) -> Tensor:

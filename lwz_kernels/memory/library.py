@@ -6,8 +6,9 @@ its path, as an allocator.
 
 import ctypes
 import functools
-import importlib.util
 from typing import Any
+
+from lwz_kernels.shared_library import load_shared_library
 
 __all__ = [
     "AllocatorStats",
@@ -113,24 +114,15 @@ def _library() -> ctypes.CDLL:
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and why not."""
-    spec = importlib.util.find_spec("lwz_kernels._phase_memory")
-    if spec is None or spec.origin is None:
-        return None, (
-            "lwz_kernels/_phase_memory.so was not built: on Linux, install a C++ compiler and "
-            "cmake, then run pip install . again"
-        )
-    try:
-        library = ctypes.CDLL(spec.origin)
-    except OSError as error:
-        return None, f"{spec.origin} does not load: {error}"
-    version = library.lwz_memory_abi_version()
-    if version != ABI_VERSION:
-        return None, (
-            f"{spec.origin} has interface version {version}, expected {ABI_VERSION}: "
-            "run pip install . again"
-        )
-    _declare(library)
-    return library, ""
+    library, reason = load_shared_library(
+        "lwz_kernels._phase_memory",
+        "lwz_memory_abi_version",
+        ABI_VERSION,
+        needs="on Linux, install a C++ compiler and cmake, then run pip install . again",
+    )
+    if library is not None:
+        _declare(library)
+    return library, reason
 
 
 def _declare(library: ctypes.CDLL) -> None:

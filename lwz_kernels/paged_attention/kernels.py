@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lwz_kernels.dtypes import wide_dtype
+
 __all__ = ["paged_attention_triton", "store_kv_triton"]
 
 
@@ -67,7 +69,7 @@ def paged_attention_triton(
     if num_splits == 0:
         return out.zero_()
     q = q if q.stride(2) == 1 else q.contiguous()
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(q.dtype)
     partial_BHSK = q.new_empty((batch, num_heads, num_splits, head_size), dtype=wide)
     lse_BHS = q.new_empty((batch, num_heads, num_splits), dtype=wide)
     accumulator = tl.float64 if q.dtype == torch.float64 else tl.float32

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lwz_kernels.dtypes import wide_dtype
+
 __all__ = [
     "PendingTensor",
     "all_gather",
@@ -27,7 +29,6 @@ __all__ = [
     "start_reduce_scatter",
     "start_ring_shift",
     "transpose_ranks",
-    "wide_dtype",
 ]
 
 
@@ -44,11 +45,6 @@ class PendingTensor:
         for work in self.works:
             work.wait()
         return self.received
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums over ranks: fp64 for fp64, else fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def transpose_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -18,11 +18,11 @@ from lwz_kernels.attention import (
     attention_bwd,
     attention_fwd,
 )
+from lwz_kernels.dtypes import wide_dtype
 from lwz_kernels.sequence_parallel.communication import (
     PendingTensor,
     start_all_gather,
     start_reduce_scatter,
-    wide_dtype,
 )
 from lwz_kernels.sequence_parallel.layout import SequenceLayout
 

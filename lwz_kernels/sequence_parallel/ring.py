@@ -20,10 +20,10 @@ from lwz_kernels.attention import (
     attention_bwd,
     attention_fwd,
 )
+from lwz_kernels.dtypes import wide_dtype
 from lwz_kernels.sequence_parallel.communication import (
     PendingTensor,
     start_ring_shift,
-    wide_dtype,
 )
 from lwz_kernels.sequence_parallel.layout import SequenceLayout
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lwz_kernels.attention import SegmentTable, attention
-from lwz_kernels.sequence_parallel.communication import all_to_all, transpose_ranks, wide_dtype
+from lwz_kernels.dtypes import wide_dtype
+from lwz_kernels.sequence_parallel.communication import all_to_all, transpose_ranks
 
 __all__ = ["gather_heads", "merge_heads", "pack_heads", "scatter_heads", "ulysses_attention"]
 
@@ -124,7 +125,7 @@ class _ScatterHeads(torch.autograd.Function):
             send_THK.view(num_ranks, tokens, *send_THK.shape[1:]), ctx.group
         )
         dq_SNHK, *dkv_SNJK = received_SNHK.split((dq.shape[1], own_kv, own_kv), 2)
-        dq = dq_SNHK.transpose(0, 1).flatten(1, 2)
+        dq = merge_heads(dq_SNHK)
         dk, dv = (_sum_copies(x_SNJK, ctx.kv_heads) for x_SNJK in dkv_SNJK)
         return dq, dk, dv, None
 

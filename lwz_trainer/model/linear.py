@@ -61,14 +61,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if _is_skinny(x, weight):
         out_RO = skinny_linear(x.reshape(-1, x.shape[-1]), weight, bias)
         return out_RO.view(*x.shape[:-1], weight.shape[0])
-    if (
+    upcasts = (
         x.dtype == torch.bfloat16
         and x.device.type == "cpu"
         and not has_native_bf16()
         and x.numel() >= _MIN_UPCAST_ROWS * x.shape[-1]
-    ):
-        return _Linear.apply(x, weight, bias, True)
-    return _Linear.apply(x, weight, bias, False)
+    )
+    return _Linear.apply(x, weight, bias, upcasts)
 
 
 def embedding(input_ids: Tensor, weight: Tensor) -> Tensor:

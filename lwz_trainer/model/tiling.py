@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lwz_kernels.dtypes import wide_dtype
+
 __all__ = ["tiled_rows"]
 
 RowFunction = Callable[..., Tensor]
@@ -57,7 +59,7 @@ class _TiledRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(x.dtype)
         needed = [i for i, weight in enumerate(ctx.weights) if weight.requires_grad]
         totals: list[Tensor | None] = [None] * len(ctx.weights)
         dx_TD = torch.empty_like(x)
