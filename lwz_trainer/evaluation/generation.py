@@ -25,10 +25,10 @@ from lwz_trainer.evaluation.items import Benchmark, Item
 from lwz_trainer.evaluation.journal import Journal
 from lwz_trainer.evaluation.monitor import wanted_range
 from lwz_trainer.model.linear import resolve_dtype
-from lwz_trainer.model.loading import load_generation_config, load_pretrained, resolve_eos_ids
+from lwz_trainer.model.loading import load_pretrained
 from lwz_trainer.model.source import resolve_model_dir
-from lwz_trainer.rollout import Request, RolloutEngine, Sample
-from lwz_trainer.rollout.kv_cache import kv_memory_limit
+from lwz_trainer.rollout import Request, Sample
+from lwz_trainer.rollout.making import make_engine
 
 __all__ = ["Sampling", "generate_responses", "resolve_sampling"]
 
@@ -136,11 +136,11 @@ def _write_here(
     add_special = config.template != "chat"  # a chat template writes its own special tokens
     token_ids = [tokenizer(text, add_special_tokens=add_special)["input_ids"] for text in texts]
     _refuse_too_long(items, token_ids, sampling.max_tokens, model.config.max_positions)
-    engine = RolloutEngine(
+    engine = make_engine(
         model,
         tokenizer,
-        eos_ids=resolve_eos_ids(tokenizer, load_generation_config(model_dir)),
-        config=RolloutConfig(
+        model_dir,
+        RolloutConfig(
             max_completion_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -149,7 +149,6 @@ def _write_here(
             max_num_seqs=config.max_num_seqs,
             kv_cache_tokens=config.kv_cache_tokens,
         ),
-        memory_limit_bytes=kv_memory_limit(device),
     )
     for start in range(0, len(items), config.max_num_seqs):
         batch = range(start, min(start + config.max_num_seqs, len(items)))

@@ -15,9 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from lwz_trainer.atomic_text import write_text_atomically
 from lwz_trainer.config.endpoint import EndpointConfig
 from lwz_trainer.config.evaluation import EvalConfig
@@ -45,6 +42,7 @@ from lwz_trainer.evaluation.outcome import (
 )
 from lwz_trainer.evaluation.page import report_page
 from lwz_trainer.evaluation.tables import table_csv, table_markdown
+from lwz_trainer.train.console import RunConsole
 
 __all__ = ["Summary", "run_evaluation"]
 
@@ -158,13 +156,10 @@ def _with_defaults(endpoint: EndpointConfig, sampling: dict[str, Any]) -> Endpoi
 
 
 @contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal's standard error, nothing elsewhere."""
-    console = Console(stderr=True)
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, nothing elsewhere."""
+    with RunConsole(is_main=True, progress=None).bar("evaluating", 1, unit) as bar:
+        yield lambda done, total: bar.update(done, total=total)
 
 
 def _with_training(first: Outcome, second: Outcome) -> Outcome:

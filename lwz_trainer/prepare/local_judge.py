@@ -15,11 +15,11 @@ from lwz_trainer.data.templates import render_chat
 from lwz_trainer.endpoint import AnswerCache, AnswerError, EndpointError, RequestRefused
 from lwz_trainer.errors import UserError
 from lwz_trainer.model.linear import resolve_dtype
-from lwz_trainer.model.loading import load_generation_config, load_pretrained, resolve_eos_ids
+from lwz_trainer.model.loading import load_pretrained
 from lwz_trainer.model.source import resolve_model_dir
 from lwz_trainer.prepare.questions import Question
-from lwz_trainer.rollout import Request, RolloutEngine
-from lwz_trainer.rollout.kv_cache import kv_memory_limit
+from lwz_trainer.rollout import Request
+from lwz_trainer.rollout.making import make_engine
 
 __all__ = ["LocalJudge"]
 
@@ -50,18 +50,17 @@ class LocalJudge:
         self._model, self._tokenizer = load_pretrained(
             str(self._model_dir), dtype=resolve_dtype(config.dtype, device), device=device
         )
-        self._engine = RolloutEngine(
+        self._engine = make_engine(
             self._model,
             self._tokenizer,
-            eos_ids=resolve_eos_ids(self._tokenizer, load_generation_config(self._model_dir)),
-            config=RolloutConfig(
+            self._model_dir,
+            RolloutConfig(
                 max_completion_tokens=config.max_completion_tokens,
                 temperature=config.temperature,
                 top_p=config.top_p,
                 stop=(),
                 max_num_seqs=config.max_num_seqs,
             ),
-            memory_limit_bytes=kv_memory_limit(device),
         )
         self._num_answers = 0
         self._num_cache_hits = 0

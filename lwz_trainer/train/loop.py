@@ -19,17 +19,15 @@ from lwz_trainer.model.export import save_pretrained
 from lwz_trainer.model.linear import resolve_dtype
 from lwz_trainer.model.loading import (
     load_decoder,
-    load_generation_config,
     load_hf_config,
     load_pretrained,
-    resolve_eos_ids,
 )
 from lwz_trainer.model.source import resolve_model_dir
 from lwz_trainer.parallel import Ranks, start_ranks, start_teams
 from lwz_trainer.rewards.advantages import GroupAdvantages, check_failures, group_advantages
 from lwz_trainer.rewards.score import RewardParts, RewardSample, Scorer, stack_rewards
-from lwz_trainer.rollout import EngineStats, RolloutEngine, RolloutInterrupted, Sample
-from lwz_trainer.rollout.kv_cache import kv_memory_limit
+from lwz_trainer.rollout import EngineStats, RolloutInterrupted, Sample
+from lwz_trainer.rollout.making import make_engine
 from lwz_trainer.train.checkpoint import CheckpointStore, Progress
 from lwz_trainer.train.console import RunConsole, learned_line, step_line
 from lwz_trainer.train.metrics import peak_memory_gb, sample_metrics, step_warnings
@@ -98,13 +96,7 @@ class Trainer:
         self._prompts = PromptSet(config, self._tokenizer, self._model.config.max_positions)
         self._scorer = Scorer(config.rewards, self._prompts.kind, ranks.device)
         self._run_dir = Path(config.output_dir)
-        self._engine = RolloutEngine(
-            self._model,
-            self._tokenizer,
-            eos_ids=resolve_eos_ids(self._tokenizer, load_generation_config(self._model_dir)),
-            config=config.rollout,
-            memory_limit_bytes=kv_memory_limit(ranks.device),
-        )
+        self._engine = make_engine(self._model, self._tokenizer, self._model_dir, config.rollout)
         self._engine.plan_cache(
             longest_prompt=self._prompts.longest, num_samples=config.rollout.max_num_seqs
         )

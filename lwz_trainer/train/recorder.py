@@ -4,11 +4,12 @@ import dataclasses
 import importlib
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from lwz_kernels.dispatch import impl_choices
+from lwz_trainer.atomic_text import write_text_atomically
 from lwz_trainer.config.reading import dump_config
 from lwz_trainer.config.train import TrainConfig
 from lwz_trainer.errors import UserError
@@ -16,6 +17,8 @@ from lwz_trainer.errors import UserError
 __all__ = ["Recorder", "prepare_run_dir"]
 
 METRICS_FILE = "metrics.jsonl"
+IMPLEMENTATIONS_FILE = "implementations.json"
+"""What each operator's `impl="auto"` meant in the run's latest process."""
 
 
 def prepare_run_dir(config: TrainConfig, *, checkpoint_bytes: int) -> None:
@@ -57,14 +60,14 @@ class Recorder:
     """Saves the config, appends one line a step, forwards it to the trackers that are on."""
 
     def __init__(self, config: TrainConfig, run_dir: Path, *, num_steps_done: int) -> None:
-        partial = run_dir / ".config.yaml.partial"
-        partial.write_text(dump_config(config), encoding="utf-8")
-        os.replace(partial, run_dir / "config.yaml")
+        write_text_atomically(run_dir / "config.yaml", dump_config(config))
         self._path = run_dir / METRICS_FILE
         self.history = _keep_first_steps(self._path, num_steps_done)
         for path in (run_dir / "samples").glob("step_*.parquet"):
             if int(path.stem.removeprefix("step_")) > num_steps_done:
                 path.unlink()
+        self._run_dir = run_dir
+        self._impls: dict[str, tuple[str, ...]] = {}
         self._tensorboard: Any = None
         self._wandb: Any = None
         self._trackio: Any = None
@@ -90,6 +93,11 @@ class Recorder:
         self.history.append(metrics)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(_json_line(metrics))
+        if (impls := impl_choices()) != self._impls:
+            self._impls = impls
+            write_text_atomically(
+                self._run_dir / IMPLEMENTATIONS_FILE, json.dumps(impls, indent=1) + "\n"
+            )
         numbers = {
             name: value
             for name, value in metrics.items()
@@ -127,9 +135,7 @@ def _keep_first_steps(path: Path, num_steps: int) -> list[dict[str, Any]]:
         if record["step"] > num_steps:
             break
         kept.append(record)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(_json_line(record) for record in kept), encoding="utf-8")
-    os.replace(partial, path)
+    write_text_atomically(path, "".join(_json_line(record) for record in kept))
     return kept
 
 

@@ -56,6 +56,9 @@ def test_train_writes_a_complete_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     names = sorted(path.name for path in (run_dir / "checkpoints").glob("step_*"))
     assert names == ["step_000002", "step_000003"]
     assert list((run_dir / "tensorboard").glob("events.*"))
+    implementations = json.loads((run_dir / "implementations.json").read_text())
+    assert "sdpa" in implementations["attention"]
+    assert "linear_policy_loss" in implementations
     assert "Learned in 3 steps" in (out := capsys.readouterr().out)
     assert "step 3/3" in out
     assert "<html" in (run_dir / "report.html").read_text()
