@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +18,7 @@ from lwz_trainer.config.rewards import FormatRewardConfig
 from lwz_trainer.data.length_range import explicit_length_range
 from lwz_trainer.errors import UserError
 from lwz_trainer.evaluation.items import Item
+from lwz_trainer.evaluation.means import mean_of
 from lwz_trainer.rewards.redundancy import shingle_redundancy
 from lwz_trainer.rewards.text import count_words
 from lwz_trainer.view.samples import find_sample_files
@@ -132,14 +132,14 @@ def system_signs(items: Sequence[Item], answers: Mapping[int, str]) -> SystemSig
     return SystemSigns(
         num_answers=len(texts),
         num_empty=sum(not text for text in texts),
-        mean_words=_mean(num_words),
-        redundancy=_mean(redundancy),
-        repetitive_frac=_mean([share > _REPETITIVE for share in redundancy]),
+        mean_words=mean_of(num_words),
+        redundancy=mean_of(redundancy),
+        repetitive_frac=mean_of([share > _REPETITIVE for share in redundancy]),
         num_with_range=len(ranged),
-        in_range_frac=_mean([low <= words <= high for words, (low, high) in ranged]),
-        short_frac=_mean([words < low for words, (low, _) in ranged]),
-        long_frac=_mean([words > high for words, (_, high) in ranged]),
-        length_ratio=_mean([2 * words / (low + high) for words, (low, high) in ranged]),
+        in_range_frac=mean_of([low <= words <= high for words, (low, high) in ranged]),
+        short_frac=mean_of([words < low for words, (low, _) in ranged]),
+        long_frac=mean_of([words > high for words, (_, high) in ranged]),
+        length_ratio=mean_of([2 * words / (low + high) for words, (low, high) in ranged]),
     )
 
 
@@ -263,7 +263,3 @@ def _ranks(values: Sequence[float]) -> list[float]:
         first.setdefault(value, place)
     counts = Counter(values)
     return [first[value] + (counts[value] - 1) / 2 for value in values]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return fmean(values) if values else math.nan

@@ -11,6 +11,7 @@ from lwz_trainer.config.evaluation import EloConfig
 from lwz_trainer.evaluation.elo import arena_scores, pairings
 from lwz_trainer.evaluation.figures import Series, figure_svg
 from lwz_trainer.evaluation.items import Benchmark, Item, Requirement
+from lwz_trainer.evaluation.means import mean_of
 from lwz_trainer.evaluation.monitor import (
     TrainingSample,
     overused_words,
@@ -209,10 +210,10 @@ def training_outcome(samples: Sequence[TrainingSample], judgments: Judgments) ->
         (
             step,
             len(pairs),
-            _mean([sample.reward for sample, _ in pairs]),
-            _mean([score for _, score in pairs]),
-            _mean([sample.redundancy for sample, _ in pairs]),
-            _mean([float(sample.num_words) for sample, _ in pairs]),
+            mean_of([sample.reward for sample, _ in pairs]),
+            mean_of([score for _, score in pairs]),
+            mean_of([sample.redundancy for sample, _ in pairs]),
+            mean_of([float(sample.num_words) for sample, _ in pairs]),
         )
         for step, pairs in steps.items()
     ]
@@ -259,8 +260,8 @@ def _drift_warning(rows: Sequence[tuple[float, ...]]) -> list[str]:
     if half == 0:
         return []
     earlier, later = rows[:half], rows[-half:]
-    reward = _mean([row[2] for row in later]) - _mean([row[2] for row in earlier])
-    judge = _mean([row[3] for row in later]) - _mean([row[3] for row in earlier])
+    reward = mean_of([row[2] for row in later]) - mean_of([row[2] for row in earlier])
+    judge = mean_of([row[3] for row in later]) - mean_of([row[3] for row in earlier])
     if reward <= 0 or judge >= 0:
         return []
     return [
@@ -274,8 +275,8 @@ def _standard(
 ) -> list[tuple[tuple[float, ...], float]]:
     """Each row with its column's z-value, so that two scales fit one axis."""
     values = [row[column] for row in rows]
-    mean = _mean(values)
-    spread = math.sqrt(_mean([(value - mean) ** 2 for value in values])) or 1.0
+    mean = mean_of(values)
+    spread = math.sqrt(mean_of([(value - mean) ** 2 for value in values])) or 1.0
     return [(row, (value - mean) / spread) for row, value in zip(rows, values, strict=True)]
 
 
@@ -332,9 +333,3 @@ def _other_texts(
         if name != without:
             texts += answers.values()
     return texts
-
-
-def _mean(values: Sequence[float]) -> float:
-    """Of the values that are there."""
-    values = [value for value in values if not math.isnan(value)]
-    return fmean(values) if values else math.nan

@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from lwz_trainer.evaluation.items import Item, Requirement
+from lwz_trainer.evaluation.means import mean_of
 from lwz_trainer.evaluation.questions import DIMENSIONS
 from lwz_trainer.rewards.text import count_words
 
@@ -93,13 +94,13 @@ def writing_scores(
     means = {index: fmean(judged.values()) for index, judged in scores.items()}
     num_scores = sum(map(len, scores.values()))
     return WritingScores(
-        overall=_mean(score for judged in scores.values() for score in judged.values()),
+        overall=mean_of(score for judged in scores.values() for score in judged.values()),
         domains=_group_means((item.group, means.get(item.index)) for item in items),
         subdomains=_group_means((item.subgroup, means.get(item.index)) for item in items),
         requirements={
             requirement.name: (
-                _mean(means[index] for index in requirement.indices if index in means),
-                _mean(
+                mean_of(means[index] for index in requirement.indices if index in means),
+                mean_of(
                     scores[index][name]
                     for index, name in requirement.criteria
                     if name in scores.get(index, {})
@@ -154,10 +155,10 @@ def length_scores(
         for item in answered
         if (system, item.index, "quality") in judgments
     ]
-    means = {name: _mean((j[name] - 1) * 25 for j in judged) for name in DIMENSIONS}
+    means = {name: mean_of((j[name] - 1) * 25 for j in judged) for name in DIMENSIONS}
     return LengthScores(
-        length=_mean(row[1] for row in rows.values()),
-        quality=_mean(means.values()),
+        length=mean_of(row[1] for row in rows.values()),
+        quality=mean_of(means.values()),
         dimensions=means,
         bands={
             f"[{low}, {high})": _pair_means(
@@ -178,8 +179,7 @@ def length_scores(
 
 def _pair_means(rows: Iterable[tuple[int, float, float]]) -> tuple[float, float, int]:
     rows = list(rows)
-    judged = [quality for _, _, quality in rows if not math.isnan(quality)]
-    return _mean(row[1] for row in rows), _mean(judged), len(rows)
+    return mean_of(row[1] for row in rows), mean_of(row[2] for row in rows), len(rows)
 
 
 def _group_means(pairs: Iterable[tuple[str, float | None]]) -> dict[str, float]:
@@ -188,9 +188,4 @@ def _group_means(pairs: Iterable[tuple[str, float | None]]) -> dict[str, float]:
         values = groups.setdefault(name, [])
         if value is not None:
             values.append(value)
-    return {name: _mean(values) for name, values in groups.items()}
-
-
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return fmean(values) if values else math.nan
+    return {name: mean_of(values) for name, values in groups.items()}
