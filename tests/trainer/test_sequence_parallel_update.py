@@ -68,7 +68,8 @@ def make_cases() -> Iterator[Case]:
             parallel: dict[str, Any] = {"sequence": sequence}
             name = f"{loss_name}:{data}x{sequence}"
             yield Case(name, data * sequence, parallel, loss, TWICE, max_ranks=sequence)
-    for scheme, ranks in (("gather_kv", 2), ("ring", 2), ("gather_kv", 4), ("ring", 4)):
+    whole = (("gather_kv", 2), ("ring", 2), ("ulysses", 4), ("gather_kv", 4), ("ring", 4))
+    for scheme, ranks in whole:
         parallel = {"sequence": ranks, "sequence_scheme": scheme}
         yield Case(f"gspo:{scheme}{ranks}", ranks, parallel, SEQUENCE_LEVEL, TWICE, max_ranks=ranks)
     two_d = {"sequence": 4, "sequence_scheme": "two_d"}
