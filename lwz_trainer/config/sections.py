@@ -92,6 +92,12 @@ class RolloutConfig:
 class UpdateConfig:
     """How a rollout batch becomes gradients."""
 
+    schedule: Literal["sequential", "interleaved"] = "sequential"
+    """"interleaved": the gradient of a group whose completions and rewards are all in is
+    accumulated while the others are still being written; the weights change when all are in."""
+    deterministic: bool = False
+    """Pack each group on its own and add the gradients in the order of the groups, so that both
+    schedules give the same bits."""
     mask_truncated: bool = False
     """Leave completions that hit the length limit out of the loss (overlong filtering)."""
     num_minibatches: int = 1
@@ -105,6 +111,22 @@ class UpdateConfig:
 
     def __post_init__(self) -> None:
         _require_positive("update", self, "num_minibatches", "num_epochs", "microbatch_tokens")
+        if self.is_interleaved and self.num_minibatches * self.num_epochs > 1:
+            raise UserError(
+                "update.schedule interleaved is one update a step, before which no weight may "
+                f"change; got update.num_minibatches {self.num_minibatches} and update.num_epochs "
+                f"{self.num_epochs}: set both to 1, or use update.schedule sequential"
+            )
+
+    @property
+    def is_interleaved(self) -> bool:
+        """Whether gradients are accumulated during the rollout."""
+        return self.schedule == "interleaved"
+
+    @property
+    def packs_by_group(self) -> bool:
+        """Whether no micro-batch holds samples of two groups."""
+        return self.is_interleaved or self.deterministic
 
 
 @dataclass(frozen=True)

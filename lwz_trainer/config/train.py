@@ -80,8 +80,25 @@ class TrainConfig:
                 "top_k the sampler draws from another distribution: set top_p 1 and top_k 0, or "
                 "leave loss.sampler_correction out"
             )
+        if self.update.is_interleaved:
+            self._refuse_what_waits_for_all_groups()
         if self.parallel.sequence != 1:
             self._refuse_what_shards_cannot_do()
+
+    def _refuse_what_waits_for_all_groups(self) -> None:
+        """Settings under which a group's gradient depends on the other groups."""
+        if self.loss.entropy_coef > 0 and self.loss.needs_num_sequences:
+            raise UserError(
+                f"update.schedule interleaved: in loss.loss_type {self.loss.loss_type} the weight "
+                "of loss.entropy_coef depends on the length of all completions: use dapo, bnpo, "
+                "cispo or vespo, set entropy_coef 0, or use update.schedule sequential"
+            )
+        if self.parallel.sequence != 1:
+            raise UserError(
+                f"update.schedule interleaved needs whole sequences on one rank, got "
+                f"parallel.sequence {self.parallel.sequence}: set it to 1, or use "
+                "update.schedule sequential"
+            )
 
     def _refuse_what_shards_cannot_do(self) -> None:
         """Settings that a sequence spread over ranks does not know."""

@@ -2,20 +2,27 @@
 
 The engine runs the trainer's own module on the trainer's own parameters. Its cache lives only
 inside `generate`, so no page can outlast an update of the weights.
+
+Out of memory makes the batch smaller: a prefill is split, half of the running sequences is
+preempted. What is sampled does not change, because a token depends on its key and not on its batch.
 """
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lwz_kernels.attention import SegmentTable
 from lwz_trainer.config.sections import RolloutConfig
-from lwz_trainer.errors import UserError
+from lwz_trainer.errors import TrainingStopped, UserError
 from lwz_trainer.model.decoder import Decoder
 from lwz_trainer.model.linear import wide_logits
+from lwz_trainer.out_of_memory import is_out_of_memory, release_cached_memory
 from lwz_trainer.rollout.attend import DecodeAttend, PrefillAttend
 from lwz_trainer.rollout.kv_cache import PageAllocator, PagedKVCache, num_pages_for
 from lwz_trainer.rollout.sampling import keyed_uniforms, sample_tokens
@@ -26,6 +33,10 @@ from lwz_trainer.rollout.stopping import StopChecker
 __all__ = ["EngineStats", "RolloutEngine", "RolloutInterrupted"]
 
 Progress = Callable[[int, int], None]
+OnBurst = Callable[[list[Sample]], bool]
+Result = TypeVar("Result")
+
+_logger = logging.getLogger(__name__)
 
 
 class RolloutInterrupted(Exception):
@@ -42,6 +53,8 @@ class EngineStats:
     num_preemptions: int
     peak_kv_frac: float
     seconds: float
+    num_out_of_memory: int = 0
+    """Forward passes that did not fit and were repeated in smaller parts."""
 
 
 @dataclass(eq=False)
@@ -51,10 +64,12 @@ class _Phase:
     scheduler: Scheduler
     cache: PagedKVCache
     page_table: Tensor
+    prefill_tokens: int
     num_decode_steps: int = 0
     num_prefill_tokens: int = 0
     num_tokens: int = 0
     peak_pages: int = 0
+    num_out_of_memory: int = 0
 
 
 class RolloutEngine:
@@ -104,7 +119,6 @@ class RolloutEngine:
             )
         return max_num_seqs, pages_each, num_pages
 
-    @torch.inference_mode()
     def generate(
         self,
         requests: list[Request],
@@ -114,8 +128,20 @@ class RolloutEngine:
         policy_version: int,
         on_progress: Progress | None = None,
         should_stop: Callable[[], bool] | None = None,
+        on_burst: OnBurst | None = None,
     ) -> tuple[list[Sample], EngineStats]:
-        """All samples of all requests, in order of their sample numbers."""
+        """All samples of all requests, in order of their sample numbers.
+
+        Args:
+            requests: the groups.
+            seed, step: with sample number and position the key of every token.
+            policy_version: kept with every sample.
+            on_progress: called with (samples done, tokens) after every burst.
+            should_stop: asked before every burst; True raises RolloutInterrupted.
+            on_burst: called after every burst, outside inference mode, with the samples that ended
+                in it. It may compute with the weights, but not change them. False ends the rollout:
+                what is not finished is dropped.
+        """
         started = time.perf_counter()
         phase = self._begin(requests)
         scheduler = phase.scheduler
@@ -123,16 +149,12 @@ class RolloutEngine:
         while scheduler.waiting or scheduler.running:
             if should_stop is not None and should_stop():
                 raise RolloutInterrupted
-            sequences, hidden_BD = self._prefill(phase)
-            if sequences:
-                self._sample(phase, sequences, hidden_BD, seed=seed, step=step)
-                samples += self._collect(scheduler, sequences, policy_version)
-            sequences, hidden_BD = self._decode(phase)
-            if sequences:
-                self._sample(phase, sequences, hidden_BD, seed=seed, step=step)
-                samples += self._collect(scheduler, sequences, policy_version)
+            finished = self._burst(phase, seed=seed, step=step, policy_version=policy_version)
+            samples += finished
             if on_progress is not None:
                 on_progress(len(samples), phase.num_tokens)
+            if on_burst is not None and not on_burst(finished):
+                scheduler.abandon()
         allocator = scheduler.allocator
         assert allocator.num_free == allocator.num_pages, "a page was not released"
         self.expected_completion_tokens = scheduler.expected_completion_tokens
@@ -143,8 +165,21 @@ class RolloutEngine:
             num_preemptions=scheduler.num_preemptions,
             peak_kv_frac=phase.peak_pages / allocator.num_pages,
             seconds=time.perf_counter() - started,
+            num_out_of_memory=phase.num_out_of_memory,
         )
 
+    @torch.inference_mode()
+    def _burst(self, phase: _Phase, *, seed: int, step: int, policy_version: int) -> list[Sample]:
+        """Admits and prefills what fits, then writes one token of every sequence."""
+        finished: list[Sample] = []
+        for advance in (self._prefill, self._decode):
+            sequences, hidden_BD = advance(phase)
+            if sequences:
+                self._sample(phase, sequences, hidden_BD, seed=seed, step=step)
+                finished += self._collect(phase.scheduler, sequences, policy_version)
+        return finished
+
+    @torch.inference_mode()
     def _begin(self, requests: list[Request]) -> _Phase:
         config, model = self._config, self._model.config
         weight = self._model.head_weight
@@ -171,6 +206,7 @@ class RolloutEngine:
                 device=weight.device,
             ),
             page_table=torch.zeros(max_num_seqs, pages_each, dtype=torch.int32),
+            prefill_tokens=config.prefill_tokens,
         )
 
     def _prefill(self, phase: _Phase) -> tuple[list[Sequence], Tensor]:
@@ -198,10 +234,17 @@ class RolloutEngine:
         while jobs:
             pack = [jobs.pop(0)]
             total = len(pack[0][0])
-            while jobs and total + len(jobs[0][0]) <= self._config.prefill_tokens:
+            while jobs and total + len(jobs[0][0]) <= phase.prefill_tokens:
                 pack.append(jobs.pop(0))
                 total += len(pack[-1][0])
-            hidden_TD, ends = self._forward_pack(phase, [(ids, pages) for ids, pages, _ in pack])
+            found = self._unless_out_of_memory(
+                phase, partial(self._forward_pack, phase, [(ids, pages) for ids, pages, _ in pack])
+            )
+            if found is None:
+                _refuse_smaller_than_one(len(pack), f"the prefill of {total} tokens")
+                jobs, phase.prefill_tokens = pack + jobs, total // 2
+                continue
+            hidden_TD, ends = found
             phase.num_prefill_tokens += total
             for (_, _, entry), end in zip(pack, ends, strict=True):
                 if entry is not None:
@@ -239,11 +282,24 @@ class RolloutEngine:
 
     def _decode(self, phase: _Phase) -> tuple[list[Sequence], Tensor]:
         """One forward pass over the last token of every running sequence."""
-        scheduler, page_size = phase.scheduler, self._config.page_size
+        scheduler = phase.scheduler
         scheduler.make_room()
-        running = list(scheduler.running)
-        if not running:
-            return [], torch.empty(0)
+        while running := list(scheduler.running):
+            hidden_BD = self._unless_out_of_memory(
+                phase, partial(self._forward_last_tokens, phase, running)
+            )
+            if hidden_BD is not None:
+                for sequence in running:
+                    sequence.num_cached += 1
+                phase.num_decode_steps += 1
+                return running, hidden_BD
+            _refuse_smaller_than_one(len(running), "decoding one sequence")
+            scheduler.preempt_youngest(len(running) // 2)
+        return [], torch.empty(0)
+
+    def _forward_last_tokens(self, phase: _Phase, running: list[Sequence]) -> Tensor:
+        """Hidden states [B, D]; writes keys and values of the last token into its page."""
+        scheduler, page_size = phase.scheduler, self._config.page_size
         for sequence in running:
             if sequence.num_cached % page_size == 0:
                 self._write_page_row(phase, sequence)
@@ -262,11 +318,23 @@ class RolloutEngine:
             (pages_B * page_size + positions_B % page_size).to(device),
         )
         ids_B = torch.tensor([sequence.tokens[-1] for sequence in running], device=device)
-        hidden_BD = self._model(ids_B, positions_B.to(device), attend)
-        for sequence in running:
-            sequence.num_cached += 1
-        phase.num_decode_steps += 1
-        return running, hidden_BD
+        return self._model(ids_B, positions_B.to(device), attend)
+
+    def _unless_out_of_memory(self, phase: _Phase, run: Callable[[], Result]) -> Result | None:
+        """The result, or None where memory did not suffice."""
+        try:
+            return run()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        if phase.num_out_of_memory == 0:
+            _logger.warning(
+                "out of memory in the rollout: it goes on with smaller batches; lower "
+                "rollout.max_num_seqs or rollout.kv_cache_tokens"
+            )
+        phase.num_out_of_memory += 1
+        release_cached_memory(self._model.head_weight.device)
+        return None
 
     def _write_page_row(self, phase: _Phase, sequence: Sequence) -> None:
         pages = torch.tensor(sequence.pages, dtype=torch.int32)
@@ -275,23 +343,38 @@ class RolloutEngine:
     def _sample(
         self, phase: _Phase, sequences: list[Sequence], hidden_BD: Tensor, *, seed: int, step: int
     ) -> None:
-        config, device = self._config, hidden_BD.device
-        logits_BV = wide_logits(hidden_BD, self._model.head_weight)
-        samples_B = torch.tensor([sequence.sample for sequence in sequences], device=device)
-        positions_B = torch.tensor([len(sequence.tokens) for sequence in sequences], device=device)
-        tokens_B, logprobs_B = sample_tokens(
-            logits_BV,
-            keyed_uniforms(seed, step, samples_B, positions_B),
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
+        drawn = self._unless_out_of_memory(
+            phase, partial(self._draw, sequences, hidden_BD, seed=seed, step=step)
         )
+        if drawn is None:
+            _refuse_smaller_than_one(len(sequences), "sampling one token")
+            half = len(sequences) // 2
+            self._sample(phase, sequences[:half], hidden_BD[:half], seed=seed, step=step)
+            self._sample(phase, sequences[half:], hidden_BD[half:], seed=seed, step=step)
+            return
+        tokens_B, logprobs_B = drawn
         for sequence, token, logprob in zip(
             sequences, tokens_B.tolist(), logprobs_B.tolist(), strict=True
         ):
             sequence.tokens.append(token)
             sequence.logprobs.append(logprob)
         phase.num_tokens += len(sequences)
+
+    def _draw(
+        self, sequences: list[Sequence], hidden_BD: Tensor, *, seed: int, step: int
+    ) -> tuple[Tensor, Tensor]:
+        """The next token of each sequence and its log-prob, each [B]."""
+        config, device = self._config, hidden_BD.device
+        logits_BV = wide_logits(hidden_BD, self._model.head_weight)
+        samples_B = torch.tensor([sequence.sample for sequence in sequences], device=device)
+        positions_B = torch.tensor([len(sequence.tokens) for sequence in sequences], device=device)
+        return sample_tokens(
+            logits_BV,
+            keyed_uniforms(seed, step, samples_B, positions_B),
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+        )
 
     def _collect(
         self, scheduler: Scheduler, sequences: list[Sequence], policy_version: int
@@ -317,3 +400,12 @@ class RolloutEngine:
                 )
             )
         return finished
+
+
+def _refuse_smaller_than_one(count: int, what: str) -> None:
+    """Raises where a batch that did not fit cannot become smaller."""
+    if count == 1:
+        raise TrainingStopped(
+            f"out of memory in {what}: lower rollout.kv_cache_tokens or "
+            "rollout.max_completion_tokens"
+        )

@@ -115,6 +115,23 @@ class Scheduler:
         self._finished_tokens += len(sequence.tokens)
         self._num_finished += 1
 
+    def preempt_youngest(self, count: int) -> None:
+        """Takes `count` sequences out of the batch, and lets no more in than are left."""
+        for sequence in self.running[-count:][::-1]:
+            self._preempt(sequence)
+            self._free_rows.pop()
+
+    def abandon(self) -> None:
+        """Drops everything that waits or runs; the lengths so far count as those of finished ones.
+
+        The running ones would have become longer, but leaving them out would bias the estimate
+        more.
+        """
+        for sequence in list(self.running):
+            self.finish(sequence)
+        self.waiting.clear()
+        self._drop_prompts()
+
     @property
     def expected_completion_tokens(self) -> float:
         """Mean length of the finished ones, with the prior as one more of them."""

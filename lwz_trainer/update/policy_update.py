@@ -1,12 +1,13 @@
 """One rollout batch to one or more optimizer steps, with one global normaliser each.
 
-The loss of an update is a plain sum over tokens of all micro-batches and ranks: token weights carry
-the counts, which are global and fixed before the first backward, so neither packing nor the number
-of ranks changes the result beyond rounding.
+The gradient of an update is a plain sum over the tokens of all micro-batches and ranks. It is
+accumulated without its normaliser, which is a count over the whole batch, and divided once at the
+end: neither packing nor the number of ranks changes the result beyond rounding, and micro-batches
+may be added before the batch is complete (`begin`, `add`, `finish`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,35 +22,14 @@ from lwz_trainer.model.decoder import Decoder
 from lwz_trainer.model.main_grad import main_grad
 from lwz_trainer.model.offload import HostOffload
 from lwz_trainer.parallel import Ranks, Teams
+from lwz_trainer.update.accumulation import Accumulation
 from lwz_trainer.update.optimizer import FlatAdamW
-from lwz_trainer.update.packing import TrainSample
-from lwz_trainer.update.sharding import place_packs
+from lwz_trainer.update.packing import TrainSample, pack_samples
+from lwz_trainer.update.sharding import PlacedPack, place_packs
+from lwz_trainer.update.totals import UpdateMetrics, UpdateTotals
 from lwz_trainer.update.work import Work, make_work
 
 __all__ = ["PolicyUpdate", "UpdateMetrics"]
-
-SUMS = (
-    "num_tokens_sum",
-    "clip_low_sum",
-    "clip_high_sum",
-    "ratio_sum",
-    "kl_sum",
-    "entropy_sum",
-    "logprob_diff_sum",
-    "prob_diff_sum",
-    "importance_sum",
-    "importance_sq_sum",
-)
-MAXIMA = ("ratio_max", "logprob_diff_max")
-
-
-@dataclass(frozen=True)
-class UpdateMetrics:
-    """Means over the tokens with a gradient, of all updates of one rollout batch."""
-
-    values: dict[str, float]
-    num_packed_tokens: int
-    num_updates: int
 
 
 class PolicyUpdate:
@@ -86,6 +66,10 @@ class PolicyUpdate:
         shares_prefixes = section.attention in ("triton", "torch", "reference")
         can_share = ranks.device.type == "cpu" or shares_prefixes
         self._share_prompts = can_share if shares is None else shares
+        self._samples: dict[int, TrainSample] = {}
+        self._old: dict[int, Tensor] = {}
+        self._ref: dict[int, Tensor] = {}
+        self._accumulation = self._new_accumulation()
 
     def run(
         self,
@@ -104,19 +88,72 @@ class PolicyUpdate:
             on_microbatch: called with (micro-batches done, in all) of the current update.
 
         Raises:
-            TrainingStopped: a loss or gradient is not finite; the weights were not touched.
+            TrainingStopped: a loss or gradient is not finite, or memory does not suffice for one
+                sample; the weights were not touched.
         """
         config = self._config
+        self._forget_samples()
         counts = [self._count(part) for part in self._split(samples, num_groups)]
         shared = self._teams.gather(samples)
-        minibatches = [self._place(part) for part in self._split(shared, num_groups)]
-        is_on_policy = config.num_minibatches * config.num_epochs == 1
-        old = {} if is_on_policy else self._logprobs(self._model, minibatches)
-        ref = {} if self._ref_model is None else self._logprobs(self._ref_model, minibatches)
-        totals = _Totals()
+        minibatches = [self.plan(part) for part in self._split(shared, num_groups)]
+        if config.num_minibatches * config.num_epochs > 1:
+            for works in minibatches:
+                for work in works:
+                    self._old |= self._logprobs(self._model, work)
+        totals = UpdateTotals()
         for _ in range(config.num_epochs):
             for works, count in zip(minibatches, counts, strict=True):
-                self._update(works, count, old, ref, totals, lr=lr, on_microbatch=on_microbatch)
+                totals.num_updates += 1
+                if count[0] == 0:
+                    continue
+                self._start_gradient()
+                for done, work in enumerate(works, start=1):
+                    self.add(work, mean_sequence_tokens=count[0] / count[1])
+                    if on_microbatch is not None:
+                        on_microbatch(done, len(works))
+                self._step(totals, count, lr=lr)
+        return totals.reduce(self._ranks)
+
+    def begin(self) -> None:
+        """Starts the gradient of a rollout batch that is not complete yet: one update, one pass."""
+        assert self._config.num_minibatches * self._config.num_epochs == 1
+        self._forget_samples()
+        self._start_gradient()
+
+    def plan(self, samples: list[TrainSample]) -> list[Work]:
+        """This rank's micro-batches of the samples of its team.
+
+        A deterministic update packs each group on its own, so that its micro-batches do not depend
+        on which other groups are there.
+        """
+        self._samples |= {sample.sample: sample for sample in samples}
+        parts = [samples]
+        if self._config.packs_by_group:
+            groups = sorted({sample.group for sample in samples})
+            parts = [[s for s in samples if s.group == group] for group in groups]
+        return [work for part in parts for work in self._place(part)]
+
+    def add(self, work: Work, *, mean_sequence_tokens: float = 1.0) -> None:
+        """Adds the gradient of a micro-batch.
+
+        Args:
+            work: from `plan`.
+            mean_sequence_tokens: loss tokens a sequence in the whole batch. Only an entropy bonus
+                beside a loss that is a mean over sequences depends on it.
+        """
+        self._accumulation.add(work, mean_sequence_tokens)
+
+    def finish(self, *, lr: float) -> UpdateMetrics:
+        """After the last `add` on this rank: normalises, sums over ranks, and steps.
+
+        Raises:
+            TrainingStopped: as `run`.
+        """
+        count = self._count(list(self._samples.values()))
+        totals = UpdateTotals()
+        totals.num_updates = 1
+        if count[0] > 0:
+            self._step(totals, count, lr=lr)
         return totals.reduce(self._ranks)
 
     def _split(self, samples: list[TrainSample], num_groups: int) -> Iterator[list[TrainSample]]:
@@ -126,16 +163,36 @@ class PolicyUpdate:
             yield [sample for sample in samples if sample.group // per_part == part]
 
     def _place(self, samples: list[TrainSample]) -> list[Work]:
-        """This rank's micro-batches of the samples of its team."""
         placed = place_packs(
             samples,
             self._teams.plan,
             budget_tokens=self._config.microbatch_tokens,
             share_prompts=self._share_prompts,
         )
+        return [self._make_work(pack) for pack in placed[self._teams.place]]
+
+    def _make_work(self, pack: PlacedPack) -> Work:
+        return make_work(pack, self._teams, self._ranks.device, self._section.attention)
+
+    def _halves(self, work: Work) -> list[Work]:
+        """The samples of a micro-batch in two, about equally long; one that cannot be split alone.
+
+        Parts of packs that are spread over ranks stay: the other ranks know nothing of a split.
+        """
+        samples = [self._samples[number] for number in work.batch.samples]
+        if work.group is not None or len(samples) < 2:
+            return [work]
+        total = sum(sample.num_fed for sample in samples)
+        first, tokens = [samples[0]], samples[0].num_fed
+        while len(first) < len(samples) - 1 and 2 * tokens < total:
+            tokens += samples[len(first)].num_fed
+            first.append(samples[len(first)])
         return [
-            make_work(pack, self._teams, self._ranks.device, self._section.attention)
-            for pack in placed[self._teams.place]
+            self._make_work(PlacedPack(1, batch))
+            for part in (first, samples[len(first) :])
+            for batch in pack_samples(
+                part, budget_tokens=work.batch.num_tokens, share_prompts=self._share_prompts
+            )
         ]
 
     def _hidden(self, model: Decoder, work: Work) -> Tensor:
@@ -153,58 +210,39 @@ class PolicyUpdate:
         return hidden_TD[work.batch.row_index_R.to(device)]
 
     @torch.no_grad()
-    def _logprobs(self, model: Decoder, minibatches: list[list[Work]]) -> dict[int, Tensor]:
-        """Log-probs [R] of each micro-batch, by its identity, under a fixed model."""
-        device = self._ranks.device
-        return {
-            id(work): linear_logprobs(
-                self._hidden(model, work),
-                model.head_weight,
-                work.batch.labels_R.to(device),
-                temperature=self._temperature,
-                chunk_bytes=self._loss_config.chunk_bytes,
-                impl=self._loss_config.impl,
-            )[0]
-            for works in minibatches
-            for work in works
-        }
+    def _logprobs(self, model: Decoder, work: Work) -> dict[int, Tensor]:
+        """Log-probs of each sample's rows on this rank, by sample number, under a fixed model."""
+        logprobs_R = linear_logprobs(
+            self._hidden(model, work),
+            model.head_weight,
+            work.batch.labels_R.to(self._ranks.device),
+            temperature=self._temperature,
+            chunk_bytes=self._loss_config.chunk_bytes,
+            impl=self._loss_config.impl,
+        )[0]
+        lengths = work.batch.completion_cu_seqlens.diff().tolist()
+        return dict(zip(work.batch.samples, logprobs_R.split(lengths), strict=True))
 
-    def _update(
-        self,
-        works: list[Work],
-        counts: tuple[int, int],
-        old: dict[int, Tensor],
-        ref: dict[int, Tensor],
-        totals: "_Totals",
-        *,
-        lr: float,
-        on_microbatch: Callable[[int, int], None] | None,
-    ) -> None:
-        totals.num_updates += 1
-        if counts[0] == 0:
-            return
-        self._optimizer.zero_grad()
-        losses = []
-        for done, work in enumerate(works, start=1):
-            loss, metrics = self._accumulate(work, old, ref, counts)
-            losses.append(loss)
-            totals.add(metrics, loss, work.batch.num_tokens)
-            if on_microbatch is not None:
-                on_microbatch(done, len(works))
-        grad_norm = self._optimizer.reduce_grads(self._ranks.group)
-        self._refuse_non_finite(works, losses, grad_norm, old, ref, counts)
-        self._optimizer.step(lr=lr, grad_norm=grad_norm)
-        totals.grad_norm += float(grad_norm)
+    def _rows(self, known: dict[int, Tensor], work: Work) -> Tensor | None:
+        """[R] of what is known of the samples of a micro-batch."""
+        if not known:
+            return None
+        return torch.cat([known[number] for number in work.batch.samples])
 
     def _accumulate(
-        self, work: Work, old: dict[int, Tensor], ref: dict[int, Tensor], counts: tuple[int, int]
+        self, work: Work, mean_sequence_tokens: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Adds the gradient of a micro-batch's rows on this rank; their loss and metrics."""
-        device, batch = self._ranks.device, work.batch
+        device, batch, config = self._ranks.device, work.batch, self._loss_config
+        if self._ref_model is not None and not self._ref.keys() >= set(batch.samples):
+            self._ref |= self._logprobs(self._ref_model, work)
         # dW goes straight into the flat fp32 gradient; the oracle's autograd cannot do that.
         head_weight = self._model.head_weight
-        is_oracle = self._loss_config.impl == "reference"
+        is_oracle = config.impl == "reference"
         shard_tokens_N = batch.sequence_loss_tokens_N
+        num_loss_tokens: int | Tensor = 1
+        if config.needs_num_sequences:  # then it divides the entropy bonus alone
+            num_loss_tokens = torch.tensor(mean_sequence_tokens, dtype=torch.float64)
         loss, metrics = linear_policy_loss(
             self._hidden(self._model, work),
             head_weight,
@@ -212,22 +250,37 @@ class PolicyUpdate:
             batch.advantages_R.to(device),
             batch.loss_mask_R.to(device),
             cu_seqlens=batch.completion_cu_seqlens.to(device),
-            num_loss_tokens=counts[0],
-            num_sequences=counts[1],
+            num_loss_tokens=num_loss_tokens,
+            num_sequences=1,
             sequence_loss_tokens=None if shard_tokens_N is None else shard_tokens_N.to(device),
-            old_logprobs=old.get(id(work)),
-            ref_logprobs=ref.get(id(work)),
+            old_logprobs=self._rows(self._old, work),
+            ref_logprobs=self._rows(self._ref, work),
             sampling_logprobs=batch.sampling_logprobs_R.to(device),
             temperature=self._temperature,
             sequence_group=work.group,
             weight_grad=None if is_oracle else main_grad(head_weight),
-            config=self._loss_config,
-            chunk_bytes=self._loss_config.chunk_bytes,
-            impl=self._loss_config.impl,
+            config=config,
+            chunk_bytes=config.chunk_bytes,
+            impl=config.impl,
         )
         loss.backward()
         work.check_calls(self._model.config.layers if self._section.checkpoint_layers else 0)
         return loss.detach(), metrics
+
+    def _new_accumulation(self) -> Accumulation:
+        return Accumulation(
+            self._accumulate,
+            self._halves,
+            self._optimizer.zero_grad,
+            device=self._ranks.device,
+        )
+
+    def _start_gradient(self) -> None:
+        self._optimizer.zero_grad()
+        self._accumulation = self._new_accumulation()
+
+    def _forget_samples(self) -> None:
+        self._samples, self._old, self._ref = {}, {}, {}
 
     def _count(self, samples: Sequence[TrainSample]) -> tuple[int, int]:
         """Loss tokens and sequences with any, over the samples of all ranks."""
@@ -235,25 +288,31 @@ class PolicyUpdate:
         totals = self._ranks.sum([float(sum(lengths)), float(len(lengths))])
         return int(totals[0]), int(totals[1])
 
-    def _refuse_non_finite(
-        self,
-        works: list[Work],
-        losses: list[Tensor],
-        grad_norm: Tensor,
-        old: dict[int, Tensor],
-        ref: dict[int, Tensor],
-        counts: tuple[int, int],
-    ) -> None:
+    def _step(self, totals: UpdateTotals, count: tuple[int, int], *, lr: float) -> None:
+        """Normalises what was accumulated and steps the weights."""
+        scale = 1 / count[1 if self._loss_config.needs_num_sequences else 0]
+        for grad in self._optimizer.grads:
+            grad.mul_(scale)
+        for done in self._accumulation.done:
+            totals.add(done.metrics, done.loss * scale, done.work.batch.num_tokens)
+        grad_norm = self._optimizer.reduce_grads(self._ranks.group)
+        self._refuse_non_finite(grad_norm)
+        self._optimizer.step(lr=lr, grad_norm=grad_norm)
+        totals.grad_norm += float(grad_norm)
+
+    def _refuse_non_finite(self, grad_norm: Tensor) -> None:
         """Stops before the optimizer step and names the samples whose loss or gradient is bad."""
-        is_finite = all(bool(torch.isfinite(value)) for value in (grad_norm, *losses))
+        done = self._accumulation.done
+        is_finite = all(bool(torch.isfinite(x)) for x in (grad_norm, *(d.loss for d in done)))
         if not self._ranks.max([float(not is_finite)])[0]:
             return
         bad: set[int] = set()
-        for work, loss in zip(works, losses, strict=True):
-            is_bad = work.is_any(not torch.isfinite(loss))
+        for item in done:
+            work = item.work
+            is_bad = work.is_any(not torch.isfinite(item.loss))
             if not is_bad:  # on none of its ranks, so that all of them compute it again
                 self._optimizer.zero_grad()
-                self._accumulate(work, old, ref, counts)
+                self._accumulate(work, item.mean_sequence_tokens)
                 is_bad = work.is_any(not torch.isfinite(self._optimizer.grad_norm()))
             if is_bad:
                 bad |= set(work.batch.samples)
@@ -263,60 +322,3 @@ class PolicyUpdate:
             f"micro-batch with samples {everyone}; no weight was changed: lower optim.lr or look "
             "at these samples"
         )
-
-
-class _Totals:
-    """Running sums on the device; read once, after the last update."""
-
-    def __init__(self) -> None:
-        self._values: dict[str, Tensor] = {}
-        self._losses: list[Tensor] = []
-        self.grad_norm = 0.0
-        self.num_updates = 0
-        self._num_packed_tokens = 0
-
-    def add(self, metrics: dict[str, Tensor], loss: Tensor, num_tokens: int) -> None:
-        self._losses.append(loss)
-        self._num_packed_tokens += num_tokens
-        for name in SUMS:
-            if name in metrics:
-                self._values[name] = self._values.get(name, 0.0) + metrics[name].double()
-        for name in MAXIMA:
-            if name in metrics:
-                seen = self._values.get(name, metrics[name])
-                self._values[name] = torch.maximum(seen, metrics[name])
-
-    def reduce(self, ranks: Ranks) -> UpdateMetrics:
-        """Means over the tokens with a gradient, of all ranks."""
-        loss = float(sum(self._losses)) if self._losses else 0.0
-        local = [float(self._values.get(name, 0.0)) for name in SUMS]
-        sums = dict(zip((*SUMS, "loss"), ranks.sum([*local, loss]), strict=True))
-        maxima = dict(
-            zip(
-                MAXIMA,
-                ranks.max([float(self._values.get(name, 0.0)) for name in MAXIMA]),
-                strict=True,
-            )
-        )
-        values = {
-            "loss": sums["loss"] / max(self.num_updates, 1),
-            "grad_norm": self.grad_norm / max(self.num_updates, 1),
-        }
-        tokens = sums["num_tokens_sum"]
-        if tokens > 0:  # else no token had a gradient, and there is nothing to take a mean of
-            importance_sq = max(sums["importance_sq_sum"], 1e-30)
-            values |= {
-                "entropy": sums["entropy_sum"] / tokens,
-                "clip_frac_low": sums["clip_low_sum"] / tokens,
-                "clip_frac_high": sums["clip_high_sum"] / tokens,
-                "ratio_mean": sums["ratio_sum"] / tokens,
-                "ratio_max": maxima["ratio_max"],
-                "sampler/logprob_diff_mean": sums["logprob_diff_sum"] / tokens,
-                "sampler/logprob_diff_max": maxima["logprob_diff_max"],
-                "sampler/prob_diff_mean": sums["prob_diff_sum"] / tokens,
-                "sampler/ess_frac": sums["importance_sum"] ** 2 / (importance_sq * tokens),
-            }
-        if tokens > 0 and "kl_sum" in self._values:
-            values["kl"] = sums["kl_sum"] / tokens
-        packed = int(ranks.sum([float(self._num_packed_tokens)])[0])
-        return UpdateMetrics(values, num_packed_tokens=packed, num_updates=self.num_updates)

@@ -1,13 +1,16 @@
 """The engine: what it samples, that only the key decides it, and that pages are accounted."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lwz_kernels.linear_logprobs.reference import linear_logprobs_reference
-from lwz_trainer.errors import UserError
+from lwz_trainer.errors import TrainingStopped, UserError
 from lwz_trainer.rollout import RolloutInterrupted, Sample
+from lwz_trainer.rollout import engine as engine_module
 from tests.trainer.rollout_case import PROMPTS, load_tiny, make_engine, make_requests, sample_all
 from tests.trainer.tiny import causal_attend
 
@@ -157,3 +160,94 @@ def test_generate_refuses_a_cache_too_small_for_one_sequence(tmp_path: Path) -> 
     model, tokenizer = load_tiny(tmp_path)
     with pytest.raises(UserError, match=r"room for 32 tokens.*kv_cache_tokens"):
         sample_all(make_engine(model, tokenizer, kv_cache_tokens=32), make_requests())
+
+
+def test_generate_hands_out_samples_as_they_end(tmp_path: Path) -> None:
+    """Outside inference mode: the caller may compute gradients between two bursts."""
+    model, tokenizer = load_tiny(tmp_path)
+    bursts: list[list[int]] = []
+
+    def on_burst(finished: list[Sample]) -> bool:
+        bursts.append([sample.sample for sample in finished])
+        assert not torch.is_inference_mode_enabled()
+        return True
+
+    engine = make_engine(model, tokenizer, temperature=2.0)
+    requests = make_requests(group_size=16)
+    samples = sample_all(engine, requests, on_burst=on_burst)
+    assert sorted(number for burst in bursts for number in burst) == [s.sample for s in samples]
+    assert len([burst for burst in bursts if burst]) > 2
+    expected = sample_all(make_engine(model, tokenizer, temperature=2.0), requests)
+    assert [s.completion_ids for s in samples] == [s.completion_ids for s in expected]
+
+
+def test_generate_ends_early_when_told_and_releases_everything(tmp_path: Path) -> None:
+    model, tokenizer = load_tiny(tmp_path)
+    engine = make_engine(model, tokenizer, temperature=2.0, max_num_seqs=16)
+    requests = make_requests(group_size=16)
+    seen: list[Sample] = []
+
+    def on_burst(finished: list[Sample]) -> bool:
+        seen.extend(finished)
+        return len(seen) < 5
+
+    samples = sample_all(engine, requests, on_burst=on_burst)
+    assert 5 <= len(samples) < 64
+    everything = {s.sample: s for s in sample_all(engine, requests)}
+    assert all(s.completion_ids == everything[s.sample].completion_ids for s in samples)
+
+
+def fail_at(numbers: set[int], original: Callable[..., Any], error: Exception) -> Callable:
+    """A function whose calls of these numbers, from 0, run out of memory."""
+    calls = iter(range(10**9))
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) in numbers:
+            raise error
+        return original(*args, **kwargs)
+
+    return wrapped
+
+
+CPU_ERROR = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 16 bytes")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), CPU_ERROR])
+@pytest.mark.parametrize("where", ["model", "sampling"])
+def test_generate_makes_batches_smaller_when_memory_runs_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: Exception
+) -> None:
+    model, tokenizer = load_tiny(tmp_path)
+    expected = sample_all(make_engine(model, tokenizer), make_requests())
+    numbers = {0, 1, 8, 9, 14}  # the prefill twice, then decode steps, two of them in a row
+    if where == "model":
+        monkeypatch.setattr(model, "forward", fail_at(numbers, model.forward, error))
+    else:
+        draw = fail_at(numbers, engine_module.sample_tokens, error)
+        monkeypatch.setattr(engine_module, "sample_tokens", draw)
+    engine = make_engine(model, tokenizer)
+    samples, stats = engine.generate(make_requests(), seed=3, step=2, policy_version=2)
+    assert stats.num_out_of_memory == len(numbers)
+    assert (stats.num_preemptions > 0) == (where == "model")
+    assert [s.completion_ids for s in samples] == [s.completion_ids for s in expected]
+    for ours, theirs in zip(samples, expected, strict=True):
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+
+
+def test_generate_stops_in_words_when_one_sequence_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = load_tiny(tmp_path)
+    monkeypatch.setattr(model, "forward", fail_at(set(range(100)), model.forward, CPU_ERROR))
+    with pytest.raises(TrainingStopped, match=r"out of memory in the prefill of 3 tokens"):
+        sample_all(make_engine(model, tokenizer), make_requests())
+
+
+def test_generate_takes_no_other_error_for_lack_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = load_tiny(tmp_path)
+    other = RuntimeError("shapes do not match")
+    monkeypatch.setattr(model, "forward", fail_at({0}, model.forward, other))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        sample_all(make_engine(model, tokenizer), make_requests())
