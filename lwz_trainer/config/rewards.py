@@ -11,6 +11,8 @@ from lwz_trainer.errors import UserError
 __all__ = [
     "FormatRewardConfig",
     "LengthRewardConfig",
+    "OverlongRewardConfig",
+    "RewardPoolConfig",
     "RewardsConfig",
     "WritingRewardConfig",
 ]
@@ -122,6 +124,43 @@ class WritingRewardConfig:
 
 
 @dataclass(frozen=True)
+class OverlongRewardConfig:
+    """A soft penalty for completions that come near the length limit (DAPO, arXiv:2503.14476)."""
+
+    weight: float = 0.0
+    """Share of the penalty's advantage; 0 switches it off."""
+    buffer_tokens: int = 0
+    """The penalty falls from 0 to -1 over the last so many of rollout.max_completion_tokens."""
+
+    def __post_init__(self) -> None:
+        _require_weight("overlong", self.weight)
+        if self.buffer_tokens < (1 if self.weight > 0 else 0):
+            raise UserError(
+                "rewards.overlong.buffer_tokens must be at least 1 where rewards.overlong.weight "
+                f"is above 0, got {self.buffer_tokens}"
+            )
+
+
+@dataclass(frozen=True)
+class RewardPoolConfig:
+    """Workers that score finished groups while others are being written."""
+
+    workers: int = 0
+    """Groups scored at the same time; 0 scores in the trainer's own thread."""
+    kind: Literal["thread", "process"] = "thread"
+    """Threads share the reward models and suit rewards that wait for a server; a process has its
+    own copy, can be killed when it hangs, and suits models on the CPU."""
+    timeout_s: float = 600.0
+    """A group without scores after this long has failed: its scores are missing."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise UserError(f"rewards.pool.workers must be at least 0, got {self.workers}")
+        if not self.timeout_s > 0:
+            raise UserError(f"rewards.pool.timeout_s must be above 0, got {self.timeout_s}")
+
+
+@dataclass(frozen=True)
 class RewardsConfig:
     """Which rewards there are, and how they become one advantage."""
 
@@ -131,6 +170,10 @@ class RewardsConfig:
     """Tags and repetition."""
     writing: WritingRewardConfig = field(default_factory=WritingRewardConfig)
     """Quality, by a reward model."""
+    overlong: OverlongRewardConfig = field(default_factory=OverlongRewardConfig)
+    """Nearness to the length limit."""
+    pool: RewardPoolConfig = field(default_factory=RewardPoolConfig)
+    """Who computes them."""
     normalization: Literal["zscore", "minmax"] = "zscore"
     """Each reward within its group: mean 0 and standard deviation 1, or stretched to [-1, 1]."""
     max_failed_frac: float = 0.5
@@ -158,6 +201,7 @@ class RewardsConfig:
             "length": self.length.weight,
             "format": self.format.weight,
             "writing": self.writing.weight,
+            "overlong": self.overlong.weight,
         }
         return {name: weight for name, weight in weights.items() if weight > 0}
 

@@ -65,6 +65,11 @@ class RolloutConfig:
     """Size of the KV cache in tokens on one rank; 0 sizes it for max_num_seqs within memory."""
     prefill_tokens: int = 8192
     """Most prompt tokens processed in one forward pass."""
+    max_replacements: int = 0
+    """Times that a group whose advantages are all 0 is replaced by one of another prompt in the
+    same step (dynamic sampling, DAPO, arXiv:2503.14476)."""
+    enough_groups_frac: float = 1.0
+    """The rollout ends when this share of a rank's groups is complete; the others are dropped."""
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -83,7 +88,16 @@ class RolloutConfig:
             )
         if not 0 < self.top_p <= 1:
             raise UserError(f"rollout.top_p must be in (0, 1], got {self.top_p}")
-        _require_not_negative("rollout", self, "top_k", "kv_cache_tokens")
+        _require_not_negative("rollout", self, "top_k", "kv_cache_tokens", "max_replacements")
+        if not 0 < self.enough_groups_frac <= 1:
+            raise UserError(
+                f"rollout.enough_groups_frac must be in (0, 1], got {self.enough_groups_frac}"
+            )
+        if self.enough_groups_frac < 1 and self.max_replacements > 0:
+            raise UserError(
+                "rollout.enough_groups_frac ends the rollout early, rollout.max_replacements "
+                "prolongs it: set one of them"
+            )
         if any(not stop for stop in self.stop):
             raise UserError("rollout.stop holds an empty string: it would end every completion")
 
@@ -192,6 +206,8 @@ class LogConfig:
     """Project name; empty is off (needs the trackio extra)."""
     progress: bool | None = None
     """Progress bars while sampling and training; unset: only on a terminal."""
+    trace_steps: tuple[int, ...] = ()
+    """1-based steps whose timeline is written to trace/, to be opened in Perfetto."""
 
 
 def _require_positive(section: str, config: object, *names: str) -> None:

@@ -18,7 +18,14 @@ import numpy as np
 from lwz_trainer.data.jsonl import jsonl_rows
 from lwz_trainer.errors import UserError
 
-__all__ = ["BUNDLED_PROMPTS", "Prompt", "load_prompts", "prompt_language", "prompt_order"]
+__all__ = [
+    "BUNDLED_PROMPTS",
+    "Prompt",
+    "load_prompts",
+    "prompt_language",
+    "prompt_order",
+    "replacement_index",
+]
 
 BUNDLED_PROMPTS = ("writing", "demo")
 
@@ -117,6 +124,19 @@ def prompt_order(num_prompts: int, seed: int, start: int, count: int) -> list[in
         order.extend(taken)
         position += len(taken)
     return order
+
+
+def replacement_index(
+    num_prompts: int, seed: int, *, step: int, group: int, attempt: int, taken: set[int]
+) -> int:
+    """Index of a prompt for a group of a step whose own has taught nothing.
+
+    It depends on the arguments alone, and is one of those that are not taken if there are any.
+    """
+    free = sorted(set(range(num_prompts)) - taken) or list(range(num_prompts))
+    # Three numbers: no epoch of `prompt_order` has this key.
+    sequence = np.random.SeedSequence(seed, spawn_key=(step, group, attempt))
+    return free[int(np.random.default_rng(sequence).integers(len(free)))]
 
 
 def _file_rows(path: Path) -> Iterator[tuple[int, str, Any]]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from lwz_trainer.config.rewards import RewardsConfig
 from lwz_trainer.rewards.length import length_reward
+from lwz_trainer.rewards.overlong import overlong_reward
 from lwz_trainer.rewards.redundancy import Redundancy, embedding_redundancy, shingle_redundancy
 from lwz_trainer.rewards.structure import Completion, parse_completion
 from lwz_trainer.rewards.text import Span, count_words
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from lwz_trainer.rewards.writing import WritingReward
 
-__all__ = ["RewardParts", "RewardSample", "Scorer", "stack_rewards"]
+__all__ = ["RewardParts", "RewardSample", "Scorer", "failed_parts", "stack_rewards"]
 
 _logger = logging.getLogger(__name__)
 
@@ -34,12 +35,14 @@ class RewardSample:
         length_range: fewest and most words asked for; None if the request does not say.
         completion: the tag that the template left open, if any, and what the model wrote.
         stopped_at_answer: the sampler stopped at the stop string </answer>.
+        num_tokens: length of what the model wrote, which the overlong penalty reads.
     """
 
     prompt: str
     length_range: tuple[int, int] | None
     completion: str
     stopped_at_answer: bool
+    num_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Scorer:
         config: section `rewards`.
         kind: which form the template asks for.
         device: where the reward model and the sentence encoder run.
+        max_completion_tokens: where completions are cut off, for the overlong penalty.
     Raises:
         UserError: if a model cannot be loaded.
     """
@@ -85,8 +89,10 @@ class Scorer:
         config: RewardsConfig,
         kind: Literal["think", "direct"],
         device: "torch.device | str" = "cpu",
+        max_completion_tokens: int = 0,
     ) -> None:
         self.config = config
+        self.max_completion_tokens = max_completion_tokens
         self.kind: Literal["think", "direct"] = kind
         self.writing: WritingReward | None = None
         self.encode: Callable[[list[str]], np.ndarray] | None = None
@@ -102,15 +108,7 @@ class Scorer:
 
     def score_samples(self, samples: list[RewardSample]) -> list[RewardParts]:
         """Scores all samples, in order; a score does not depend on the other samples."""
-        completions = [
-            parse_completion(
-                sample.completion,
-                kind=self.kind,
-                mode=self.config.format.structure,
-                stopped_at_answer=sample.stopped_at_answer,
-            )
-            for sample in samples
-        ]
+        completions = [_parse(sample, self.config, self.kind) for sample in samples]
         if self.writing is None:
             writing_scores, is_truncated = [math.nan] * len(samples), [False] * len(samples)
         else:
@@ -137,9 +135,13 @@ class Scorer:
             "length": self._length_reward(sample, num_answer_words),
             "format": completion.structure * (1 - redundancy.score),
             "writing": writing_score,
+            "overlong": overlong_reward(
+                sample.num_tokens,
+                max_tokens=self.max_completion_tokens,
+                buffer_tokens=self.config.overlong.buffer_tokens,
+            ),
         }
         rewards = {name: rewards[name] for name in self.config.weights}
-        is_unasked = "length" in rewards and sample.length_range is None
         return RewardParts(
             completion=completion,
             num_think_words=count_words(completion.think),
@@ -147,7 +149,7 @@ class Scorer:
             redundancy=redundancy.score,
             repeated_spans=redundancy.spans,
             rewards=rewards,
-            not_applicable=frozenset({"length"} if is_unasked else ()),
+            not_applicable=_not_applicable(sample, self.config),
             is_truncated_for_writing=was_cut,
         )
 
@@ -172,6 +174,26 @@ class Scorer:
         return shingle_redundancy(
             answer, threshold=config.threshold, shingle_size=config.shingle_size
         )
+
+
+def failed_parts(
+    samples: list[RewardSample], *, config: RewardsConfig, kind: Literal["think", "direct"]
+) -> list[RewardParts]:
+    """What is known of samples whose scoring failed: the text, and that no reward is there."""
+    completions = [_parse(sample, config, kind) for sample in samples]
+    return [
+        RewardParts(
+            completion=completion,
+            num_think_words=count_words(completion.think),
+            num_answer_words=count_words(completion.answer),
+            redundancy=math.nan,
+            repeated_spans=(),
+            rewards=dict.fromkeys(config.weights, math.nan),
+            not_applicable=_not_applicable(sample, config),
+            is_truncated_for_writing=False,
+        )
+        for sample, completion in zip(samples, completions, strict=True)
+    ]
 
 
 def stack_rewards(
@@ -211,3 +233,19 @@ def stack_rewards(
         for name in names
     }
     return rewards, is_applicable
+
+
+def _parse(
+    sample: RewardSample, config: RewardsConfig, kind: Literal["think", "direct"]
+) -> Completion:
+    return parse_completion(
+        sample.completion,
+        kind=kind,
+        mode=config.format.structure,
+        stopped_at_answer=sample.stopped_at_answer,
+    )
+
+
+def _not_applicable(sample: RewardSample, config: RewardsConfig) -> frozenset[str]:
+    is_unasked = "length" in config.weights and sample.length_range is None
+    return frozenset({"length"} if is_unasked else ())

@@ -34,24 +34,33 @@ SPARE_FRAC = 0.05
 
 @dataclass(frozen=True)
 class MemoryForecast:
-    """Bytes on one rank, by owner; the KV cache and the update's tensors take turns."""
+    """Bytes on one rank, by owner; the KV cache and the update's tensors take turns, unless the
+    schedule is interleaved."""
 
     always: dict[str, int]
     rollout: dict[str, int]
     update: dict[str, int]
     host: dict[str, int] = field(default_factory=dict)
     """In host memory; not part of the peak."""
+    is_interleaved: bool = False
+    """The rollout and the update are there at the same time."""
+
+    @property
+    def phases(self) -> dict[str, dict[str, int]]:
+        """Owners that are there together, beside those that always are."""
+        if self.is_interleaved:
+            return {"rollout and update": self.rollout | self.update}
+        return {"rollout": self.rollout, "update": self.update}
 
     @property
     def peak(self) -> int:
-        phases = (sum(self.rollout.values()), sum(self.update.values()))
-        return sum(self.always.values()) + max(phases)
+        return sum(self.always.values()) + max(sum(p.values()) for p in self.phases.values())
 
     def misfits(self, device_bytes: int) -> list[str]:
         """For each phase that needs more than the device can give: how much, and what for."""
         usable = int(device_bytes * (1 - SPARE_FRAC))
         found = []
-        for phase, owners in (("rollout", self.rollout), ("update", self.update)):
+        for phase, owners in self.phases.items():
             everything = self.always | owners
             needed = sum(everything.values())
             if needed > usable:
@@ -136,6 +145,7 @@ def forecast_memory(
         },
         update=update,
         host={"inputs of all layers": kept} if is_offloaded else {},
+        is_interleaved=config.update.is_interleaved,
     )
 
 

@@ -1,11 +1,10 @@
 """The trainer: sample, score, compare within groups, update, record, save."""
 
 import faulthandler
-import logging
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +23,28 @@ from lwz_trainer.model.loading import (
 )
 from lwz_trainer.model.source import resolve_model_dir
 from lwz_trainer.parallel import Ranks, start_ranks, start_teams
-from lwz_trainer.rewards.advantages import GroupAdvantages, check_failures, group_advantages
-from lwz_trainer.rewards.score import RewardParts, RewardSample, Scorer, stack_rewards
-from lwz_trainer.rollout import EngineStats, RolloutInterrupted, Sample
 from lwz_trainer.rollout.making import make_engine
+from lwz_trainer.timeline import Timeline
 from lwz_trainer.train.checkpoint import CheckpointStore, Progress
 from lwz_trainer.train.console import RunConsole, learned_line, step_line
-from lwz_trainer.train.metrics import peak_memory_gb, sample_metrics, step_warnings
+from lwz_trainer.train.groups import ScoredGroup
+from lwz_trainer.train.interleave import Interleaver
+from lwz_trainer.train.metrics import (
+    peak_memory_gb,
+    rollout_metrics,
+    sample_metrics,
+    step_warnings,
+)
 from lwz_trainer.train.prompt_set import GroupPrompt, PromptSet
 from lwz_trainer.train.recorder import Recorder, prepare_run_dir
 from lwz_trainer.train.records import sample_records, write_records
+from lwz_trainer.train.reward_pool import make_scoring
+from lwz_trainer.train.sampling import StepHooks, StepSampler, StepSamples
 from lwz_trainer.train.signals import StopSignal
 from lwz_trainer.update.optimizer import FlatAdamW, learning_rate
-from lwz_trainer.update.packing import TrainSample
 from lwz_trainer.update.policy_update import PolicyUpdate, UpdateMetrics
 
 __all__ = ["Trainer", "run_train"]
-
-
-_logger = logging.getLogger(__name__)
 
 
 def run_train(config: TrainConfig) -> None:
@@ -65,16 +67,6 @@ def run_train(config: TrainConfig) -> None:
     ranks.close()
 
 
-@dataclass(frozen=True)
-class _Rollout:
-    """One step's groups of this rank, sampled."""
-
-    groups: list[GroupPrompt]
-    samples: list[Sample]
-    stats: EngineStats
-    seconds: float
-
-
 class Trainer:
     """Owns the policy, and everything that a step needs."""
 
@@ -94,7 +86,8 @@ class Trainer:
             str(self._model_dir), dtype=dtype, device=ranks.device
         )
         self._prompts = PromptSet(config, self._tokenizer, self._model.config.max_positions)
-        self._scorer = Scorer(config.rewards, self._prompts.kind, ranks.device)
+        self._timeline = Timeline(ranks.rank)
+        self._scoring = make_scoring(config, self._prompts.kind, ranks.device, self._timeline)
         self._run_dir = Path(config.output_dir)
         self._engine = make_engine(self._model, self._tokenizer, self._model_dir, config.rollout)
         self._engine.plan_cache(
@@ -118,6 +111,19 @@ class Trainer:
             temperature=config.rollout.temperature,
             max_completion_tokens=config.rollout.max_completion_tokens,
             section=config.model,
+            timeline=self._timeline,
+        )
+        self._interleaver: Interleaver | None = None
+        if config.update.is_interleaved:
+            self._interleaver = Interleaver(
+                self._update,
+                ranks.device,
+                is_ordered=config.update.deterministic,
+                mask_truncated=config.update.mask_truncated,
+                in_thread=ranks.device.type == "cuda",
+            )
+        self._sampler = StepSampler(
+            config, ranks, self._engine, self._prompts, self._scoring, self._timeline
         )
         self._checkpoints = CheckpointStore(
             self._run_dir, ranks, self._model.config, dtype, keep=config.checkpoint.keep
@@ -138,6 +144,8 @@ class Trainer:
         self._announce()
         try:
             while self._step < self._config.num_steps and not self._must_stop():
+                is_traced = self._step + 1 in self._config.log.trace_steps
+                self._timeline.start_step(keeps_spans=is_traced)
                 metrics = self._train_step()
                 if metrics is None:
                     break
@@ -145,7 +153,11 @@ class Trainer:
                     recorder.write(metrics)
                     self._console.print(step_line(metrics, self._config.num_steps))
                 self._save_if_due()
+                if is_traced:
+                    name = f"step_{self._step:06d}_rank_{self._ranks.rank}.json"
+                    self._timeline.write(self._run_dir / "trace" / name)
         finally:
+            self._scoring.close()
             if recorder is not None:
                 recorder.close()
         self._save()
@@ -159,149 +171,102 @@ class Trainer:
     def _train_step(self) -> dict[str, Any] | None:
         """One rollout and its update; None if a signal ended the rollout."""
         started = time.perf_counter()
-        rollout = self._sample()
-        if rollout is None:
-            return None
-        scoring = time.perf_counter()
-        parts, advantages = self._score(rollout)
-        updating = time.perf_counter()
         lr = learning_rate(self._config.optim, self._step, self._config.num_steps)
-        update = self._update_policy(rollout, advantages, lr)
-        self._step += 1
-        ended = time.perf_counter()
-        records = sample_records(
-            self._step,
-            rollout.groups,
-            rollout.samples,
-            parts,
-            advantages,
-            opened=self._prompts.opened,
-        )
-        times = {
-            "time/rollout_s": rollout.seconds,
-            "time/reward_s": updating - scoring,
-            "time/update_s": ended - updating,
-            "time/step_s": ended - started,
-        }
-        return self._record(records, rollout, update, times, lr)
-
-    def _sample(self) -> _Rollout | None:
-        """This rank's groups from the current weights."""
-        started = time.perf_counter()
-        self._ranks.enter(f"sampling, step {self._step + 1}")
-        self._assert_same_addresses()
-        self._optimizer.release_grads()
         groups = self._prompts.step_groups(
             self._step, rank=self._ranks.rank, world_size=self._ranks.world_size
         )
-        total = sum(len(group.request.samples) for group in groups)
-        result = None
-        with self._console.bar(f"step {self._step + 1} sampling", total, "samples") as bar:
-            try:
-                result = self._engine.generate(
-                    [group.request for group in groups],
-                    seed=self._config.seed,
-                    step=self._step,
-                    policy_version=self._policy_version,
-                    on_progress=lambda done, tokens: bar.update(done, f"{tokens} tokens"),
-                    should_stop=lambda: self._stop.is_set,
-                )
-            except RolloutInterrupted:
-                _logger.info("rollout of step %d interrupted", self._step + 1)
-        seconds = time.perf_counter() - started
-        if self._ranks.max([float(result is None)])[0] or result is None:
+        found = self._sample(groups)
+        if found is None:
             return None
-        return _Rollout(groups, *result, seconds=seconds)
+        update = self._update_policy(found, lr)
+        self._step += 1
+        records = sample_records(self._step, found.groups, opened=self._prompts.opened)
+        times = {
+            "time/rollout_s": self._timeline.seconds("decode"),
+            "time/reward_s": found.reward_s,
+            "time/update_s": self._timeline.seconds("update") + self._timeline.seconds("optimizer"),
+            "time/step_s": time.perf_counter() - started,
+        }
+        return self._record(records, found, update, times, lr)
 
-    def _score(self, rollout: _Rollout) -> tuple[list[RewardParts], GroupAdvantages]:
-        """Rewards of this rank's samples, and advantages of all groups of the step."""
-        self._ranks.enter(f"scoring, step {self._step + 1}")
-        prompt_of = {group.request.group: group.prompt for group in rollout.groups}
-        parts = self._scorer.score_samples(
-            [
-                RewardSample(
-                    prompt=prompt_of[sample.group].prompt,
-                    length_range=prompt_of[sample.group].length_range,
-                    completion=self._prompts.opened + sample.text,
-                    stopped_at_answer=sample.stop_string == "</answer>",
+    def _sample(self, groups: list[GroupPrompt]) -> StepSamples | None:
+        """Samples and scores of this rank; interleaved, with most of their gradients."""
+        doing = "sampling" if self._interleaver is None else "sampling and updating"
+        self._ranks.enter(f"{doing}, step {self._step + 1}")
+        self._assert_same_addresses()
+        total = sum(len(group.request.samples) for group in groups)
+        with self._console.bar(f"step {self._step + 1} {doing}", total, "samples") as bar:
+
+            def sample(
+                on_group: Callable[[ScoredGroup], None], between_bursts: Callable[[], None]
+            ) -> StepSamples | None:
+                return self._sampler.run(
+                    groups,
+                    self._step,
+                    policy_version=self._policy_version,
+                    hooks=StepHooks(
+                        on_group=on_group,
+                        between_bursts=between_bursts,
+                        on_progress=lambda done, tokens: bar.update(done, f"{tokens} tokens"),
+                        should_stop=lambda: self._stop.is_set,
+                    ),
                 )
-                for sample in rollout.samples
-            ]
-        )
-        # Ranks may hold parts of a group; advantages need all of it.
-        everyone = [part for rank_parts in self._ranks.gather(parts) for part in rank_parts]
-        rewards, is_applicable = stack_rewards(everyone, self._config.rollout.group_size)
-        advantages = group_advantages(
-            rewards,
-            self._config.rewards.weights,
-            self._config.rewards.normalization,
-            is_applicable=is_applicable,
-        )
-        check_failures(
-            advantages.num_failed,
-            advantages.num_applicable,
-            self._config.rewards.max_failed_frac,
-        )
-        return parts, advantages
 
-    def _update_policy(
-        self, rollout: _Rollout, advantages: GroupAdvantages, lr: float
-    ) -> UpdateMetrics:
+            if self._interleaver is None:
+                self._optimizer.release_grads()
+                return sample(lambda group: None, lambda: None)
+            with self._interleaver.rollout([group.request.group for group in groups]):
+                found = sample(self._interleaver.add, self._interleaver.advance)
+            if found is None:
+                self._interleaver.abandon()
+            return found
+
+    def _update_policy(self, found: StepSamples, lr: float) -> UpdateMetrics:
         self._ranks.enter(f"updating, step {self._step + 1}")
-        advantages_S = advantages.advantages_PG.flatten()
-        train_samples = [
-            TrainSample(
-                group=sample.group,
-                sample=sample.sample,
-                prompt_ids=sample.prompt_ids,
-                completion_ids=sample.completion_ids,
-                sampling_logprobs=sample.logprobs,
-                advantage=float(advantages_S[sample.sample]),
-                in_loss=not (sample.is_truncated and self._config.update.mask_truncated),
-            )
-            for sample in rollout.samples
-        ]
-        with self._console.bar(f"step {self._step + 1} updating", 1, "micro-batches") as bar:
-            update = self._update.run(
-                train_samples,
-                num_groups=self._config.data.prompts_per_step,
-                lr=lr,
-                on_microbatch=lambda done, total: bar.update(done, total=total),
-            )
+        if self._interleaver is not None:
+            update = self._interleaver.finish(lr=lr)
+        else:
+            mask_truncated = self._config.update.mask_truncated
+            with self._console.bar(f"step {self._step + 1} updating", 1, "micro-batches") as bar:
+                update = self._update.run(
+                    [
+                        sample
+                        for group in found.groups
+                        for sample in group.train_samples(mask_truncated=mask_truncated)
+                    ],
+                    num_groups=self._config.data.prompts_per_step,
+                    lr=lr,
+                    on_microbatch=lambda done, total: bar.update(done, total=total),
+                )
         self._policy_version += update.num_updates
         return update
 
     def _record(
         self,
         records: list[dict[str, Any]],
-        rollout: _Rollout,
+        found: StepSamples,
         update: UpdateMetrics,
         times: dict[str, float],
         lr: float,
     ) -> dict[str, Any]:
         """Writes all ranks' samples and returns the step's metrics, on every rank."""
         self._ranks.enter(f"recording step {self._step}")
-        stats = rollout.stats
         everything = [record for part in self._ranks.gather(records) for record in part]
         everything.sort(key=lambda record: (record["group"], record["member"]))
         if self._ranks.is_main:
             write_records(self._run_dir / "samples" / f"step_{self._step:06d}.parquet", everything)
-        tokens, prefill, preemptions = self._ranks.sum(
-            [float(stats.num_tokens), float(stats.num_prefill_tokens), float(stats.num_preemptions)]
-        )
-        kv_used, memory = self._ranks.max([stats.peak_kv_frac, peak_memory_gb(self._ranks.device)])
+        (memory,) = self._ranks.max([peak_memory_gb(self._ranks.device)])
         metrics: dict[str, Any] = {"step": self._step}
         metrics |= sample_metrics(everything)
         metrics |= update.values
         metrics |= times
+        metrics |= rollout_metrics(
+            found, self._ranks, self._scoring.num_failures, seconds=times["time/rollout_s"]
+        )
         metrics |= {
             "lr": lr,
             "policy_version": self._policy_version,
-            "rollout/tokens_per_s": tokens / times["time/rollout_s"],
-            "rollout/prefill_tokens": prefill,
-            "rollout/preemptions": preemptions,
-            "rollout/kv_used_frac": kv_used,
-            "update/tokens_per_s": update.num_packed_tokens / times["time/update_s"],
+            "update/tokens_per_s": update.num_packed_tokens / max(times["time/update_s"], 1e-9),
             "memory/peak_gb": memory,
         }
         metrics["warnings"] = step_warnings(metrics)
@@ -335,10 +300,11 @@ class Trainer:
         if self._step == self._saved_step or self._step == 0:
             return
         self._ranks.enter(f"saving step {self._step}")
-        self._checkpoints.save(
-            self._optimizer.state_dict(),
-            Progress(self._step, self._policy_version, self._engine.expected_completion_tokens),
-        )
+        with self._timeline.span("checkpoint", "save"):
+            self._checkpoints.save(
+                self._optimizer.state_dict(),
+                Progress(self._step, self._policy_version, self._engine.expected_completion_tokens),
+            )
         self._saved_step = self._step
 
     def _finish(self, recorder: Recorder | None) -> None:
@@ -384,6 +350,20 @@ class Trainer:
                 f"data.prompts_per_step times rollout.group_size ({samples}) must be a multiple of "
                 f"the number of processes ({self._ranks.world_size}): every rank takes as many"
             )
+        if self._config.data.prompts_per_step % self._ranks.world_size == 0:
+            return
+        rollout = self._config.rollout
+        for name, is_set in (
+            ("update.schedule interleaved", self._config.update.is_interleaved),
+            ("rollout.max_replacements", rollout.max_replacements > 0),
+            ("rollout.enough_groups_frac", rollout.enough_groups_frac < 1),
+        ):
+            if is_set:
+                raise UserError(
+                    f"{name} needs whole groups on every rank: data.prompts_per_step "
+                    f"({self._config.data.prompts_per_step}) must be a multiple of the number of "
+                    f"processes ({self._ranks.world_size})"
+                )
 
     def _assert_same_addresses(self) -> None:
         """The optimizer works in place: one copy of the weights, at fixed addresses."""

@@ -1,4 +1,4 @@
-"""Numbers of one step, from the records of all its samples."""
+"""Numbers of one step, from the records of all its samples and from the rollout."""
 
 import math
 import resource
@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["peak_memory_gb", "sample_metrics", "step_warnings"]
+from lwz_trainer.parallel import Ranks
+from lwz_trainer.train.sampling import StepSamples
+
+__all__ = ["peak_memory_gb", "rollout_metrics", "sample_metrics", "step_warnings"]
 
 
 def sample_metrics(records: list[dict[str, Any]]) -> dict[str, float]:
@@ -22,7 +25,7 @@ def sample_metrics(records: list[dict[str, Any]]) -> dict[str, float]:
         if key.startswith("reward_"):
             name, values = key.removeprefix("reward_"), column(key)
             scored = values[~np.isnan(values)]
-            metrics[f"reward/{name}"] = float(scored.mean()) if scored.size else math.nan
+            metrics[f"reward/{name}"] = _mean_of_scored(values)
             metrics[f"reward/{name}_std"] = float(scored.std()) if scored.size else math.nan
             metrics[f"reward/{name}_failed_frac"] = 1 - scored.size / values.size
     structure = column("structure")
@@ -31,7 +34,7 @@ def sample_metrics(records: list[dict[str, Any]]) -> dict[str, float]:
     metrics |= {
         "reward/structure": float(structure.mean()),
         "reward/strict_frac": float((structure == 1).mean()),
-        "reward/redundancy": float(column("redundancy").mean()),
+        "reward/redundancy": _mean_of_scored(column("redundancy")),
         "words/answer_mean": float(column("words_answer").mean()),
         "words/think_mean": float(column("words_think").mean()),
         "tokens/completion_mean": float(tokens.mean()),
@@ -45,6 +48,39 @@ def sample_metrics(records: list[dict[str, Any]]) -> dict[str, float]:
     return metrics
 
 
+def rollout_metrics(
+    found: StepSamples, ranks: Ranks, num_failures: int, *, seconds: float
+) -> dict[str, float]:
+    """Sums and maxima over the ranks, which call it together.
+
+    Args:
+        found: of this rank.
+        ranks: all of them.
+        num_failures: completions whose reward worker failed, since the start.
+        seconds: that decoding took.
+    """
+    sums = ranks.sum(
+        [
+            float(sum(stats.num_tokens for stats in found.stats)),
+            float(sum(stats.num_prefill_tokens for stats in found.stats)),
+            float(sum(stats.num_preemptions for stats in found.stats)),
+            float(found.num_replaced),
+            float(found.num_dropped),
+            float(num_failures),
+        ]
+    )
+    (kv_used,) = ranks.max([max(stats.peak_kv_frac for stats in found.stats)])
+    return {
+        "rollout/tokens_per_s": sums[0] / seconds,
+        "rollout/prefill_tokens": sums[1],
+        "rollout/preemptions": sums[2],
+        "rollout/replaced_groups": sums[3],
+        "rollout/dropped_groups": sums[4],
+        "rollout/kv_used_frac": kv_used,
+        "reward/worker_failures": sums[5],
+    }
+
+
 def step_warnings(metrics: dict[str, float]) -> list[str]:
     """Signs that a run is not learning, in words."""
     rules = (
@@ -52,6 +88,7 @@ def step_warnings(metrics: dict[str, float]) -> list[str]:
         ("zero_spread_frac", 0.5, "more than half of the groups have no spread in any reward"),
         ("clip_frac_low", 0.3, "more than 30% of tokens are clipped below"),
         ("clip_frac_high", 0.3, "more than 30% of tokens are clipped above"),
+        ("reward/worker_failures", 0, "reward workers failed (a count since the start)"),
         ("sampler/prob_diff_mean", 0.01, "sampler and trainer disagree on probabilities"),
     )
     found = [text for name, limit, text in rules if metrics.get(name, 0.0) > limit]
@@ -66,6 +103,12 @@ def peak_memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def _mean_of_scored(values: np.ndarray) -> float:
+    """Mean of what is there; NaN where nothing is."""
+    scored = values[~np.isnan(values)]
+    return float(scored.mean()) if scored.size else math.nan
 
 
 def _zero_spread_frac(records: list[dict[str, Any]]) -> float:

@@ -6,7 +6,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from lwz_trainer.config.train import TrainConfig
-from lwz_trainer.data.prompts import Prompt, load_prompts, prompt_order
+from lwz_trainer.data.prompts import Prompt, load_prompts, prompt_order, replacement_index
 from lwz_trainer.data.templates import load_template, render_chat
 from lwz_trainer.errors import UserError
 from lwz_trainer.rollout.sequence import Request
@@ -51,24 +51,48 @@ class PromptSet:
 
         Sample s of a step is member s % G of group s // G; ranks take equal runs of samples.
         """
-        num_groups = self._config.data.prompts_per_step
         group_size = self._config.rollout.group_size
-        order = prompt_order(len(self._prompts), self._config.seed, step * num_groups, num_groups)
-        share = num_groups * group_size // world_size
+        order = self._order(step)
+        share = len(order) * group_size // world_size
         mine = range(rank * share, (rank + 1) * share)
-        groups = sorted({sample // group_size for sample in mine})
         return [
-            GroupPrompt(
-                prompt=self._prompts[order[group]],
-                text=self._texts[order[group]],
-                request=Request(
-                    group=group,
-                    prompt_ids=self._token_ids[order[group]],
-                    samples=[sample for sample in mine if sample // group_size == group],
-                ),
+            self._group(
+                group,
+                order[group],
+                [sample for sample in mine if sample // group_size == group],
             )
-            for group in groups
+            for group in sorted({sample // group_size for sample in mine})
         ]
+
+    def replacement(self, old: GroupPrompt, step: int, attempt: int) -> GroupPrompt:
+        """Another prompt in the place of a group; `attempt` counts from 1.
+
+        Its samples have numbers of their own, since the numbers are keys of the random tokens.
+        """
+        order = self._order(step)
+        index = replacement_index(
+            len(self._prompts),
+            self._config.seed,
+            step=step,
+            group=old.request.group,
+            attempt=attempt,
+            taken=set(order),
+        )
+        per_step = len(order) * self._config.rollout.group_size
+        samples = [sample + per_step for sample in old.request.samples]
+        return self._group(old.request.group, index, samples)
+
+    def _order(self, step: int) -> list[int]:
+        """Indices of the prompts of a step, by group."""
+        count = self._config.data.prompts_per_step
+        return prompt_order(len(self._prompts), self._config.seed, step * count, count)
+
+    def _group(self, group: int, index: int, samples: list[int]) -> GroupPrompt:
+        return GroupPrompt(
+            prompt=self._prompts[index],
+            text=self._texts[index],
+            request=Request(group=group, prompt_ids=self._token_ids[index], samples=samples),
+        )
 
     def _render_all(
         self, tokenizer: PreTrainedTokenizerBase

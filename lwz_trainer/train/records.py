@@ -9,65 +9,63 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lwz_trainer.rewards.advantages import GroupAdvantages
 from lwz_trainer.rewards.score import RewardParts
 from lwz_trainer.rollout.sequence import Sample
-from lwz_trainer.train.prompt_set import GroupPrompt
+from lwz_trainer.train.groups import ScoredGroup
 
 __all__ = ["sample_records", "write_records"]
 
 
 def sample_records(
-    step: int,
-    groups: Sequence[GroupPrompt],
-    samples: Sequence[Sample],
-    parts: Sequence[RewardParts],
-    advantages: GroupAdvantages,
-    *,
-    opened: str,
+    step: int, groups: Sequence[ScoredGroup], *, opened: str
 ) -> list[dict[str, Any]]:
-    """Records of this rank's samples; the advantages are of all groups of the step."""
-    group_of = {group.request.group: group for group in groups}
-    records = []
-    for sample, part in zip(samples, parts, strict=True):
-        row, member = divmod(sample.sample, advantages.advantages_PG.shape[1])
-        group = group_of[sample.group]
-        record: dict[str, Any] = {
-            "step": step,
-            "group": sample.group,
-            "member": member,
-            "prompt_row": group.prompt.row,
-            "prompt": group.prompt.prompt,
-            "length_range": group.prompt.length_range,
-            "language": group.prompt.language,
-            "prompt_text": group.text,
-            "completion": opened + sample.text,
-            "think": part.completion.think,
-            "answer": part.completion.answer,
-            "num_prompt_tokens": len(sample.prompt_ids),
-            "num_completion_tokens": len(sample.completion_ids),
-            "finish_reason": sample.finish_reason,
-            "stop_string": sample.stop_string,
-            "truncated": sample.is_truncated,
-            "words_think": part.num_think_words,
-            "words_answer": part.num_answer_words,
-            "structure": part.completion.structure,
-            "redundancy": part.redundancy,
-            "repeated_spans": [list(span) for span in part.repeated_spans],
-            "advantage": float(advantages.advantages_PG[row, member]),
-            "logprob_mean": float(np.mean(sample.logprobs)),
-            "logprob_min": float(np.min(sample.logprobs)),
-            "prompt_ids": sample.prompt_ids,
-            "completion_ids": sample.completion_ids,
-            "sampling_logprobs": sample.logprobs,
-            "policy_version": sample.policy_version,
-        }
-        for name, reward in part.rewards.items():
-            record[f"reward_{name}"] = float(reward)
-            record[f"normalized_{name}"] = float(advantages.normalized[name][row, member])
-            record[f"weighted_{name}"] = float(advantages.weighted[name][row, member])
-        records.append(record)
-    return records
+    """Records of this rank's samples."""
+    return [
+        _record(step, group, sample, part, opened)
+        for group in groups
+        for sample, part in zip(group.ended.samples, group.parts, strict=True)
+    ]
+
+
+def _record(
+    step: int, group: ScoredGroup, sample: Sample, part: RewardParts, opened: str
+) -> dict[str, Any]:
+    member, source, advantages = group.member(sample), group.ended.prompt, group.advantages
+    record: dict[str, Any] = {
+        "step": step,
+        "group": sample.group,
+        "member": member,
+        "prompt_row": source.prompt.row,
+        "prompt": source.prompt.prompt,
+        "length_range": source.prompt.length_range,
+        "language": source.prompt.language,
+        "prompt_text": source.text,
+        "completion": opened + sample.text,
+        "think": part.completion.think,
+        "answer": part.completion.answer,
+        "num_prompt_tokens": len(sample.prompt_ids),
+        "num_completion_tokens": len(sample.completion_ids),
+        "finish_reason": sample.finish_reason,
+        "stop_string": sample.stop_string,
+        "truncated": sample.is_truncated,
+        "words_think": part.num_think_words,
+        "words_answer": part.num_answer_words,
+        "structure": part.completion.structure,
+        "redundancy": part.redundancy,
+        "repeated_spans": [list(span) for span in part.repeated_spans],
+        "advantage": float(advantages.advantages_PG[0, member]),
+        "logprob_mean": float(np.mean(sample.logprobs)),
+        "logprob_min": float(np.min(sample.logprobs)),
+        "prompt_ids": sample.prompt_ids,
+        "completion_ids": sample.completion_ids,
+        "sampling_logprobs": sample.logprobs,
+        "policy_version": sample.policy_version,
+    }
+    for name, reward in part.rewards.items():
+        record[f"reward_{name}"] = float(reward)
+        record[f"normalized_{name}"] = float(advantages.normalized[name][0, member])
+        record[f"weighted_{name}"] = float(advantages.weighted[name][0, member])
+    return record
 
 
 def write_records(path: Path, records: list[dict[str, Any]]) -> None:

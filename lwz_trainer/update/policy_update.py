@@ -22,6 +22,7 @@ from lwz_trainer.model.decoder import Decoder
 from lwz_trainer.model.main_grad import main_grad
 from lwz_trainer.model.offload import HostOffload
 from lwz_trainer.parallel import Ranks, Teams
+from lwz_trainer.timeline import Timeline
 from lwz_trainer.update.accumulation import Accumulation
 from lwz_trainer.update.optimizer import FlatAdamW
 from lwz_trainer.update.packing import TrainSample, pack_samples
@@ -48,6 +49,7 @@ class PolicyUpdate:
         temperature: float,
         max_completion_tokens: int,
         section: ModelSection,
+        timeline: Timeline | None = None,
     ) -> None:
         assert (ref_model is not None) == (loss_config.kl_coef > 0), "a KL term needs its reference"
         self._model = model
@@ -61,6 +63,7 @@ class PolicyUpdate:
             loss_config = replace(loss_config, max_completion_tokens=max_completion_tokens)
         self._loss_config = loss_config
         self._section = section
+        self._timeline = timeline or Timeline()
         self._offload = HostOffload(ranks.device) if section.offload_layers else None
         shares = config.share_prompts
         shares_prefixes = section.attention in ("triton", "torch", "reference")
@@ -141,7 +144,11 @@ class PolicyUpdate:
             mean_sequence_tokens: loss tokens a sequence in the whole batch. Only an entropy bonus
                 beside a loss that is a mean over sequences depends on it.
         """
-        self._accumulation.add(work, mean_sequence_tokens)
+        device = self._ranks.device
+        with self._timeline.span("update", "micro-batch", tokens=work.batch.num_tokens):
+            self._accumulation.add(work, mean_sequence_tokens)
+            if self._timeline.keeps_spans and device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()  # else it ends at the launch
 
     def finish(self, *, lr: float) -> UpdateMetrics:
         """After the last `add` on this rank: normalises, sums over ranks, and steps.
@@ -290,15 +297,16 @@ class PolicyUpdate:
 
     def _step(self, totals: UpdateTotals, count: tuple[int, int], *, lr: float) -> None:
         """Normalises what was accumulated and steps the weights."""
-        scale = 1 / count[1 if self._loss_config.needs_num_sequences else 0]
-        for grad in self._optimizer.grads:
-            grad.mul_(scale)
-        for done in self._accumulation.done:
-            totals.add(done.metrics, done.loss * scale, done.work.batch.num_tokens)
-        grad_norm = self._optimizer.reduce_grads(self._ranks.group)
-        self._refuse_non_finite(grad_norm)
-        self._optimizer.step(lr=lr, grad_norm=grad_norm)
-        totals.grad_norm += float(grad_norm)
+        with self._timeline.span("optimizer", "normalise, sum over ranks, step"):
+            scale = 1 / count[1 if self._loss_config.needs_num_sequences else 0]
+            for grad in self._optimizer.grads:
+                grad.mul_(scale)
+            for done in self._accumulation.done:
+                totals.add(done.metrics, done.loss * scale, done.work.batch.num_tokens)
+            grad_norm = self._optimizer.reduce_grads(self._ranks.group)
+            self._refuse_non_finite(grad_norm)
+            self._optimizer.step(lr=lr, grad_norm=grad_norm)
+            totals.grad_norm += float(grad_norm)
 
     def _refuse_non_finite(self, grad_norm: Tensor) -> None:
         """Stops before the optimizer step and names the samples whose loss or gradient is bad."""

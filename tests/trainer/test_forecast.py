@@ -11,7 +11,7 @@ from lwz_trainer.__main__ import main
 from lwz_trainer.config.model import ModelSection
 from lwz_trainer.config.parallel import ParallelConfig
 from lwz_trainer.config.reading import load_config
-from lwz_trainer.config.sections import OptimConfig
+from lwz_trainer.config.sections import OptimConfig, UpdateConfig
 from lwz_trainer.config.train import TrainConfig
 from lwz_trainer.model.architecture import ModelConfig
 from lwz_trainer.model.decoder import Decoder
@@ -74,6 +74,25 @@ def test_forecast_memory_counts_the_optimizer_bytes(tmp_path: Path, dtype: torch
     assert sum(found.always.values()) == state
     assert found.update["gradients, fp32"] == grads
     assert state + grads == 16 * num_parameters(model.config)
+
+
+def test_forecast_memory_adds_the_phases_of_an_interleaved_step(tmp_path: Path) -> None:
+    model, _ = load_tiny(tmp_path)
+    found = {
+        schedule: forecast_memory(
+            replace(TrainConfig(), update=UpdateConfig(schedule=schedule)),
+            model.config,
+            dtype=torch.float32,
+            device=CPU,
+            longest_prompt=9,
+        )
+        for schedule in ("sequential", "interleaved")
+    }
+    one, both = found["sequential"], found["interleaved"]
+    assert (one.always, one.rollout, one.update) == (both.always, both.rollout, both.update)
+    assert both.peak == one.peak + min(sum(one.rollout.values()), sum(one.update.values()))
+    (misfit,) = both.misfits(both.peak)
+    assert misfit.startswith("rollout and update: ")
 
 
 def test_forecast_memory_shares_the_optimizer_state_of_a_sharded_one() -> None:

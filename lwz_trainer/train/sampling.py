@@ -1,0 +1,263 @@
+"""A step's groups: sampled, scored as they end, and replaced where all members are alike."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from lwz_trainer.config.train import TrainConfig
+from lwz_trainer.parallel import Ranks
+from lwz_trainer.rewards.advantages import check_failures, group_advantages
+from lwz_trainer.rewards.score import RewardParts, RewardSample, stack_rewards
+from lwz_trainer.rollout import EngineStats, RolloutEngine, RolloutInterrupted, Sample
+from lwz_trainer.timeline import Timeline
+from lwz_trainer.train.groups import EndedGroup, GroupCollector, ScoredGroup
+from lwz_trainer.train.prompt_set import GroupPrompt, PromptSet
+from lwz_trainer.train.reward_pool import Scoring
+
+__all__ = ["StepHooks", "StepSampler", "StepSamples"]
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class StepSamples:
+    """What a step learns from, on this rank."""
+
+    groups: list[ScoredGroup] = field(default_factory=list)
+    """By number, once the step is complete."""
+    stats: list[EngineStats] = field(default_factory=list)
+    """One for each round of the engine."""
+    reward_s: float = 0.0
+    """Time in which this rank did nothing but score or wait for scores."""
+    num_replaced: int = 0
+    """Groups without spread whose prompt was replaced."""
+    num_dropped: int = 0
+    """Groups that were not complete when enough others were."""
+    num_failed: dict[str, int] = field(default_factory=dict)
+    num_applicable: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepHooks:
+    """What the trainer does while a step is sampled."""
+
+    on_group: Callable[[ScoredGroup], None]
+    """Called with each group that will be learned from, when that is known."""
+    between_bursts: Callable[[], None]
+    """Called after each burst of the engine."""
+    on_progress: Callable[[int, int], None]
+    should_stop: Callable[[], bool]
+
+
+class StepSampler:
+    """Asks the engine for groups and the rewards for scores.
+
+    Args:
+        config: of the run.
+        ranks: whose samples belong to the step.
+        engine: draws samples.
+        prompts: what is asked for.
+        scoring: scores groups, maybe beside the decode.
+        timeline: notes when what happened.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        ranks: Ranks,
+        engine: RolloutEngine,
+        prompts: PromptSet,
+        scoring: Scoring,
+        timeline: Timeline,
+    ) -> None:
+        self._config = config
+        self._ranks = ranks
+        self._engine = engine
+        self._prompts = prompts
+        self._scoring = scoring
+        self._timeline = timeline
+        self._has_whole_groups = config.data.prompts_per_step % ranks.world_size == 0
+        self._found = StepSamples()
+        self._ended: dict[int, EndedGroup] = {}
+        """Ended and not judged yet, by group number."""
+        self._alike: list[EndedGroup] = []
+        """Without spread, to be replaced in the next round."""
+
+    def run(
+        self, groups: Sequence[GroupPrompt], step: int, *, policy_version: int, hooks: StepHooks
+    ) -> StepSamples | None:
+        """All groups of a step; None if it was interrupted on some rank.
+
+        Args:
+            groups: of this rank, from `PromptSet.step_groups`.
+            step: 0-based.
+            policy_version: of the weights.
+            hooks: the caller's part.
+
+        Raises:
+            UserError: too many scores are missing.
+        """
+        self._found, self._ended = StepSamples(), {}
+        waiting, attempt, is_interrupted = list(groups), 0, False
+        while waiting and not is_interrupted:
+            self._alike = []
+            can_replace = attempt < self._config.rollout.max_replacements
+            is_interrupted = not self._round(waiting, step, policy_version, can_replace, hooks)
+            attempt += 1
+            waiting = [self._prompts.replacement(old.prompt, step, attempt) for old in self._alike]
+            self._found.num_replaced += len(waiting)
+        if self._ranks.max([float(is_interrupted)])[0]:
+            self._scoring.forget()
+            return None
+        if not self._has_whole_groups:
+            self._judge_shared_groups(hooks)
+        self._check_failures()
+        self._found.groups.sort(key=lambda group: group.ended.number)
+        return self._found
+
+    def _round(
+        self,
+        prompts: list[GroupPrompt],
+        step: int,
+        policy_version: int,
+        can_replace: bool,
+        hooks: StepHooks,
+    ) -> bool:
+        """Samples and scores these groups; False if it was interrupted."""
+        collector = GroupCollector(prompts)
+        num_enough = math.ceil(self._config.rollout.enough_groups_frac * len(prompts))
+        num_ended = 0
+        began_s = time.perf_counter()
+
+        def on_burst(finished: list[Sample]) -> bool:
+            nonlocal began_s, num_ended
+            self._timeline.add("decode", "decode", began_s, time.perf_counter())
+            for group in collector.add(finished):
+                num_ended += 1
+                self._ended[group.number] = group
+                self._scoring.submit(group.number, self._reward_samples(group))
+            if self._has_whole_groups:
+                self._judge(self._timed(self._scoring.completed), can_replace, hooks)
+            hooks.between_bursts()
+            began_s = time.perf_counter()
+            return num_ended < num_enough
+
+        try:
+            _, stats = self._engine.generate(
+                [prompt.request for prompt in prompts],
+                seed=self._config.seed,
+                step=step,
+                policy_version=policy_version,
+                on_progress=hooks.on_progress,
+                should_stop=hooks.should_stop,
+                on_burst=on_burst,
+            )
+        except RolloutInterrupted:
+            _logger.info("rollout of step %d interrupted", step + 1)
+            return False
+        self._found.stats.append(stats)
+        self._found.num_dropped += len(prompts) - num_ended
+        if self._has_whole_groups:
+            self._judge(self._timed(self._scoring.drain), can_replace, hooks)
+        return True
+
+    def _reward_samples(self, group: EndedGroup) -> list[RewardSample]:
+        prompt = group.prompt.prompt
+        return [
+            RewardSample(
+                prompt=prompt.prompt,
+                length_range=prompt.length_range,
+                completion=self._prompts.opened + sample.text,
+                stopped_at_answer=sample.stop_string == "</answer>",
+                num_tokens=len(sample.completion_ids),
+            )
+            for sample in group.samples
+        ]
+
+    def _timed(
+        self, scores: Callable[[], list[tuple[int, list[RewardParts]]]]
+    ) -> list[tuple[int, list[RewardParts]]]:
+        began_s = time.perf_counter()
+        found = scores()
+        self._found.reward_s += time.perf_counter() - began_s
+        return found
+
+    def _judge(
+        self, scored: list[tuple[int, list[RewardParts]]], can_replace: bool, hooks: StepHooks
+    ) -> None:
+        """Advantages of whole groups, and whether they are worth learning from."""
+        for number, parts in scored:
+            group = self._ended.pop(number)
+            self._accept(group, parts, parts, can_replace, hooks)
+
+    def _judge_shared_groups(self, hooks: StepHooks) -> None:
+        """Advantages of groups whose members are spread over ranks; all ranks call it together."""
+        own = dict(self._timed(self._scoring.drain))
+        members = [
+            (sample.sample, part)
+            for number, parts in own.items()
+            for sample, part in zip(self._ended[number].samples, parts, strict=True)
+        ]
+        everyone = sorted(
+            (pair for pairs in self._ranks.gather(members) for pair in pairs),
+            key=lambda pair: pair[0],
+        )
+        size = self._config.rollout.group_size
+        for number, parts in own.items():
+            whole = [part for _, part in everyone[number * size : (number + 1) * size]]
+            self._accept(self._ended.pop(number), parts, whole, False, hooks)
+
+    def _accept(
+        self,
+        group: EndedGroup,
+        parts: list[RewardParts],
+        whole: list[RewardParts],
+        can_replace: bool,
+        hooks: StepHooks,
+    ) -> None:
+        """Takes a group over, or notes it for replacement.
+
+        Args:
+            group: with this rank's members.
+            parts: their scores.
+            whole: the scores of all members.
+            can_replace: a group without spread may get another prompt.
+            hooks: the caller's part.
+        """
+        rewards_config = self._config.rewards
+        rewards, is_applicable = stack_rewards(whole, len(whole))
+        advantages = group_advantages(
+            rewards,
+            rewards_config.weights,
+            rewards_config.normalization,
+            is_applicable=is_applicable,
+        )
+        # A group that several ranks share is counted by each of them: their shares are what counts.
+        for name in rewards:
+            for total, counts in (
+                (self._found.num_failed, advantages.num_failed),
+                (self._found.num_applicable, advantages.num_applicable),
+            ):
+                total[name] = total.get(name, 0) + counts[name]
+        if can_replace and not advantages.advantages_PG.any():
+            self._alike.append(group)
+            return
+        self._found.groups.append(ScoredGroup(group, parts, advantages))
+        hooks.on_group(self._found.groups[-1])
+
+    def _check_failures(self) -> None:
+        """Over all ranks, of all groups that were scored."""
+        names = list(self._config.rewards.weights)
+        counts = [
+            float(count.get(name, 0))
+            for count in (self._found.num_failed, self._found.num_applicable)
+            for name in names
+        ]
+        sums = [int(total) for total in self._ranks.sum(counts)]
+        check_failures(
+            dict(zip(names, sums[: len(names)], strict=True)),
+            dict(zip(names, sums[len(names) :], strict=True)),
+            self._config.rewards.max_failed_frac,
+        )
