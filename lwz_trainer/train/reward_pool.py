@@ -7,14 +7,12 @@ scores are missing (NaN), never 0, and counted.
 """
 
 import logging
-import multiprocessing
 import queue
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import Connection
 from typing import Any, Literal, Protocol
 
 import torch
@@ -22,18 +20,13 @@ import torch
 from lwz_trainer.config.train import TrainConfig
 from lwz_trainer.rewards.score import RewardParts, RewardSample, Scorer, failed_parts
 from lwz_trainer.timeline import Timeline
+from lwz_trainer.train.scorer_process import SampleScorer, ScorerError, ScorerProcess
 
-__all__ = ["InlineScoring", "RewardPool", "SampleScorer", "Scoring", "make_scoring"]
+__all__ = ["InlineScoring", "RewardPool", "Scoring", "make_scoring"]
 
 _logger = logging.getLogger(__name__)
 
 Scored = list[tuple[int, list[RewardParts]]]
-
-
-class SampleScorer(Protocol):
-    """What scores samples: `rewards.score.Scorer`."""
-
-    def score_samples(self, samples: list[RewardSample]) -> list[RewardParts]: ...
 
 
 class Scoring(Protocol):
@@ -246,20 +239,22 @@ class RewardPool:
 
     def _work(self, track: str) -> None:
         """A worker's thread; it holds the process, where there is one."""
-        process: _ScorerProcess | None = None
+        process: ScorerProcess | None = None
         while (task := self._queue.get()) is not None:
             if task.is_forgotten:
                 continue
             failure, parts = "", None
             try:
                 if self._in_process and process is None:
-                    process = _ScorerProcess(self._make_scorer)
+                    process = ScorerProcess(self._make_scorer)
                 task.began_s = time.perf_counter()
                 if process is not None:
                     parts = process.score(task.samples, self._timeout_s)
                 elif self._scorer is not None:
                     parts = self._scorer.score_samples(task.samples)
                 failure = self._what_is_wrong(parts, len(task.samples))
+            except ScorerError as error:
+                failure = str(error).splitlines()[0]
             except Exception as error:  # a reward may raise anything; the run must not end by it
                 failure = f"{type(error).__name__}: {error}".splitlines()[0]
                 if process is not None:
@@ -310,60 +305,6 @@ class RewardPool:
             task.failure,
         )
         return self._failed_parts(task.samples)
-
-
-class _ScorerProcess:
-    """A process that scores what it is sent; used by one thread."""
-
-    def __init__(self, make_scorer: Callable[[], SampleScorer]) -> None:
-        # Not forked: this process has threads, and maybe a GPU.
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, make_scorer), daemon=True)
-        self._process.start()
-        theirs.close()
-        self._connection.recv()  # its scorer is ready: loading models does not count as hanging
-
-    def score(self, samples: list[RewardSample], timeout_s: float) -> Any:
-        """Whatever it answers.
-
-        Raises:
-            TimeoutError: no answer in time.
-            EOFError, OSError: it is dead.
-            RuntimeError: it raised.
-        """
-        self._connection.send(samples)
-        if not self._connection.poll(timeout_s):
-            raise TimeoutError(f"no answer within {timeout_s:g} s")
-        try:
-            is_right, answer = self._connection.recv()
-        except EOFError as error:
-            self._process.join(1)
-            raise EOFError(f"the worker died (exit code {self._process.exitcode})") from error
-        if not is_right:
-            raise RuntimeError(answer)
-        return answer
-
-    def kill(self) -> None:
-        """Ends it whatever it does."""
-        self._process.kill()
-        self._process.join()
-        self._connection.close()
-
-
-def _serve(connection: Connection, make_scorer: Callable[[], SampleScorer]) -> None:
-    """The process: one answer a message, until the other side is gone."""
-    scorer = make_scorer()
-    connection.send(None)
-    while True:
-        try:
-            samples = connection.recv()
-        except EOFError:
-            return
-        try:
-            connection.send((True, scorer.score_samples(samples)))
-        except Exception as error:
-            connection.send((False, f"{type(error).__name__}: {error}"))
 
 
 def _short(value: Any) -> str:
