@@ -22,6 +22,7 @@ from lwz_trainer.model.loading import (
     load_pretrained,
 )
 from lwz_trainer.model.source import resolve_model_dir
+from lwz_trainer.out_of_memory import is_out_of_memory
 from lwz_trainer.parallel import Ranks, start_ranks, start_teams
 from lwz_trainer.rollout.making import make_engine
 from lwz_trainer.timeline import Timeline
@@ -63,7 +64,13 @@ def run_train(config: TrainConfig) -> None:
         Trainer(config, ranks, stop).train()
     except BaseException as error:
         ranks.abandon(error)
-        raise
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise TrainingStopped(
+            f"out of memory where no smaller part can be tried ({reason}): lower "
+            "rollout.kv_cache_tokens or update.microbatch_tokens"
+        ) from error
     ranks.close()
 
 

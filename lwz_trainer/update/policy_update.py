@@ -8,6 +8,7 @@ may be added before the batch is complete (`begin`, `add`, `finish`).
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -189,14 +190,11 @@ class PolicyUpdate:
         samples = [self._samples[number] for number in work.batch.samples]
         if work.group is not None or len(samples) < 2:
             return [work]
-        total = sum(sample.num_fed for sample in samples)
-        first, tokens = [samples[0]], samples[0].num_fed
-        while len(first) < len(samples) - 1 and 2 * tokens < total:
-            tokens += samples[len(first)].num_fed
-            first.append(samples[len(first)])
+        ends = list(accumulate(sample.num_fed for sample in samples))
+        cut = min(range(1, len(samples)), key=lambda count: abs(2 * ends[count - 1] - ends[-1]))
         return [
             self._make_work(PlacedPack(1, batch))
-            for part in (first, samples[len(first) :])
+            for part in (samples[:cut], samples[cut:])
             for batch in pack_samples(
                 part, budget_tokens=work.batch.num_tokens, share_prompts=self._share_prompts
             )
