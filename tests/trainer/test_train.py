@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -135,9 +136,19 @@ def wait_for_new_step(run_dir: Path, process: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_train_saves_and_leaves_on_a_signal(tmp_path: Path, number: signal.Signals) -> None:
-    settings = {"num_steps": 200, "checkpoint.every": 0, "log.tensorboard": False}
+@pytest.mark.parametrize(
+    ("number", "settings"),
+    [
+        (signal.SIGTERM, {}),
+        (signal.SIGINT, {}),
+        (signal.SIGTERM, {"update.schedule": "interleaved", "rewards.pool.workers": 2}),
+    ],
+    ids=["SIGTERM", "SIGINT", "interleaved"],
+)
+def test_train_saves_and_leaves_on_a_signal(
+    tmp_path: Path, number: signal.Signals, settings: dict[str, Any]
+) -> None:
+    settings = settings | {"num_steps": 200, "checkpoint.every": 0, "log.tensorboard": False}
     process = subprocess.Popen(
         [sys.executable, "-m", "lwz_trainer", *make_run_args(tmp_path, **settings)],
         cwd=ROOT,
