@@ -267,13 +267,11 @@ class Trainer:
         metrics |= sample_metrics(everything)
         metrics |= update.values
         metrics |= times
-        metrics |= rollout_metrics(
-            found, self._ranks, self._scoring.num_failures, seconds=times["time/rollout_s"]
-        )
+        metrics |= rollout_metrics(found, self._ranks, seconds=times["time/rollout_s"])
         metrics |= {
             "lr": lr,
             "policy_version": self._policy_version,
-            "update/tokens_per_s": update.num_packed_tokens / max(times["time/update_s"], 1e-9),
+            "update/tokens_per_s": update.num_packed_tokens / times["time/update_s"],
             "memory/peak_gb": memory,
         }
         metrics["warnings"] = step_warnings(metrics)

@@ -48,15 +48,12 @@ def sample_metrics(records: list[dict[str, Any]]) -> dict[str, float]:
     return metrics
 
 
-def rollout_metrics(
-    found: StepSamples, ranks: Ranks, num_failures: int, *, seconds: float
-) -> dict[str, float]:
+def rollout_metrics(found: StepSamples, ranks: Ranks, *, seconds: float) -> dict[str, float]:
     """Sums and maxima over the ranks, which call it together.
 
     Args:
         found: of this rank.
         ranks: all of them.
-        num_failures: completions whose reward worker failed, since the start.
         seconds: that decoding took.
     """
     sums = ranks.sum(
@@ -66,7 +63,7 @@ def rollout_metrics(
             float(sum(stats.num_preemptions for stats in found.stats)),
             float(found.num_replaced),
             float(found.num_dropped),
-            float(num_failures),
+            float(found.num_worker_failures),
         ]
     )
     (kv_used,) = ranks.max([max(stats.peak_kv_frac for stats in found.stats)])
@@ -88,7 +85,7 @@ def step_warnings(metrics: dict[str, float]) -> list[str]:
         ("zero_spread_frac", 0.5, "more than half of the groups have no spread in any reward"),
         ("clip_frac_low", 0.3, "more than 30% of tokens are clipped below"),
         ("clip_frac_high", 0.3, "more than 30% of tokens are clipped above"),
-        ("reward/worker_failures", 0, "reward workers failed (a count since the start)"),
+        ("reward/worker_failures", 0, "reward workers failed; see the log for the reasons"),
         ("sampler/prob_diff_mean", 0.01, "sampler and trainer disagree on probabilities"),
     )
     found = [text for name, limit, text in rules if metrics.get(name, 0.0) > limit]

@@ -35,7 +35,10 @@ class StepSamples:
     """Groups without spread whose prompt was replaced."""
     num_dropped: int = 0
     """Groups that were not complete when enough others were."""
+    num_worker_failures: int = 0
+    """Completions whose reward worker failed."""
     num_failed: dict[str, int] = field(default_factory=dict)
+    """Missing scores, by reward; of groups that were replaced too."""
     num_applicable: dict[str, int] = field(default_factory=dict)
 
 
@@ -100,6 +103,7 @@ class StepSampler:
             UserError: too many scores are missing.
         """
         self._found, self._ended = StepSamples(), {}
+        num_failures_before = self._scoring.num_failures
         waiting, attempt, is_interrupted = list(groups), 0, False
         while waiting and not is_interrupted:
             self._alike = []
@@ -113,6 +117,7 @@ class StepSampler:
             return None
         if not self._has_whole_groups:
             self._judge_shared_groups(hooks)
+        self._found.num_worker_failures = self._scoring.num_failures - num_failures_before
         self._check_failures()
         self._found.groups.sort(key=lambda group: group.ended.number)
         return self._found

@@ -101,9 +101,10 @@ class PolicyUpdate:
         shared = self._teams.gather(samples)
         minibatches = [self.plan(part) for part in self._split(shared, num_groups)]
         if config.num_minibatches * config.num_epochs > 1:
-            for works in minibatches:
-                for work in works:
-                    self._old |= self._logprobs(self._model, work)
+            with self._timeline.span("update", "log-probs before the update"):
+                for works in minibatches:
+                    for work in works:
+                        self._old |= self._logprobs(self._model, work)
         totals = UpdateTotals()
         for _ in range(config.num_epochs):
             for works, count in zip(minibatches, counts, strict=True):
@@ -135,7 +136,8 @@ class PolicyUpdate:
         if self._config.packs_by_group:
             groups = sorted({sample.group for sample in samples})
             parts = [[s for s in samples if s.group == group] for group in groups]
-        return [work for part in parts for work in self._place(part)]
+        with self._timeline.span("update", "pack", samples=len(samples)):
+            return [work for part in parts for work in self._place(part)]
 
     def add(self, work: Work, *, mean_sequence_tokens: float = 1.0) -> None:
         """Adds the gradient of a micro-batch.

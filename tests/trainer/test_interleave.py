@@ -64,13 +64,13 @@ def test_interleaved_is_sequential_up_to_rounding(tmp_path: Path) -> None:
 
 
 def spans_of(run_dir: Path, step: int) -> dict[str, list[tuple[float, float]]]:
-    """Begin and end in microseconds, by track."""
+    """Begin and end in microseconds of whatever computes, by track."""
     path = run_dir / "trace" / f"step_{step:06d}_rank_0.json"
     events = json.loads(path.read_text())["traceEvents"]
     names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
     spans: dict[str, list[tuple[float, float]]] = {name: [] for name in names.values()}
     for event in events:
-        if event["ph"] == "X":
+        if event["ph"] == "X" and event["name"] != "pack":
             spans[names[event["tid"]]].append((event["ts"], event["ts"] + event["dur"]))
     return {track: sorted(found) for track, found in spans.items()}
 
