@@ -65,6 +65,11 @@ class RolloutConfig:
     """Size of the KV cache in tokens on one rank; 0 sizes it for max_num_seqs within memory."""
     prefill_tokens: int = 8192
     """Most prompt tokens processed in one forward pass."""
+    burst_steps: int = 0
+    """Decode steps between two looks of the host; 0 means 8 on a GPU, 1 on a CPU. A sequence that
+    meets a stop string draws up to burst_steps - 1 tokens in vain; samples do not change."""
+    cuda_graphs: bool = True
+    """Record the decode step of each batch size as a CUDA graph; used on a GPU only."""
     max_replacements: int = 0
     """Times that a group whose advantages are all 0 is replaced by one of another prompt in the
     same step (dynamic sampling, DAPO, arXiv:2503.14476)."""
@@ -88,7 +93,9 @@ class RolloutConfig:
             )
         if not 0 < self.top_p <= 1:
             raise UserError(f"rollout.top_p must be in (0, 1], got {self.top_p}")
-        _require_not_negative("rollout", self, "top_k", "kv_cache_tokens", "max_replacements")
+        _require_not_negative(
+            "rollout", self, "top_k", "kv_cache_tokens", "burst_steps", "max_replacements"
+        )
         if not 0 < self.enough_groups_frac <= 1:
             raise UserError(
                 f"rollout.enough_groups_frac must be in (0, 1], got {self.enough_groups_frac}"

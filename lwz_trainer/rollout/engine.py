@@ -23,9 +23,10 @@ from lwz_trainer.errors import TrainingStopped, UserError
 from lwz_trainer.model.decoder import Decoder
 from lwz_trainer.model.linear import wide_logits
 from lwz_trainer.out_of_memory import is_out_of_memory, release_cached_memory
-from lwz_trainer.rollout.attend import DecodeAttend, PrefillAttend
+from lwz_trainer.rollout.attend import PrefillAttend
+from lwz_trainer.rollout.burst import Burst, DecodeRows, capture_cuda_graph
 from lwz_trainer.rollout.kv_cache import PageAllocator, PagedKVCache, num_pages_for
-from lwz_trainer.rollout.sampling import keyed_uniforms, sample_tokens
+from lwz_trainer.rollout.sampling import keyed_uniforms, sample_keys, sample_tokens
 from lwz_trainer.rollout.scheduler import PromptEntry, Scheduler
 from lwz_trainer.rollout.sequence import Request, Sample, Sequence
 from lwz_trainer.rollout.stopping import StopChecker
@@ -35,6 +36,9 @@ __all__ = ["EngineStats", "RolloutEngine", "RolloutInterrupted"]
 Progress = Callable[[int, int], None]
 OnBurst = Callable[[list[Sample]], bool]
 Result = TypeVar("Result")
+
+# On a CPU the host is the device, and a token past a stop string costs a whole decode row.
+CUDA_BURST_STEPS = 8
 
 _logger = logging.getLogger(__name__)
 
@@ -64,6 +68,7 @@ class _Phase:
     scheduler: Scheduler
     cache: PagedKVCache
     page_table: Tensor
+    burst: Burst
     prefill_tokens: int
     num_decode_steps: int = 0
     num_prefill_tokens: int = 0
@@ -87,6 +92,10 @@ class RolloutEngine:
         self._model = model
         self._config = config
         self._memory_limit_bytes = memory_limit_bytes
+        self._eos_ids = eos_ids
+        self._uses_graphs = model.head_weight.is_cuda and config.cuda_graphs
+        default_steps = CUDA_BURST_STEPS if model.head_weight.is_cuda else 1
+        self._burst_steps = config.burst_steps or default_steps
         self._stops = StopChecker(
             tokenizer,  # type: ignore[arg-type]
             stop=config.stop,
@@ -170,13 +179,11 @@ class RolloutEngine:
 
     @torch.inference_mode()
     def _burst(self, phase: _Phase, *, seed: int, step: int, policy_version: int) -> list[Sample]:
-        """Admits and prefills what fits, then writes one token of every sequence."""
+        """Admits and prefills what fits, then writes the next tokens of every sequence."""
         finished: list[Sample] = []
         for advance in (self._prefill, self._decode):
-            sequences, hidden_BD = advance(phase)
-            if sequences:
-                self._sample(phase, sequences, hidden_BD, seed=seed, step=step)
-                finished += self._collect(phase.scheduler, sequences, policy_version)
+            advance(phase, seed=seed, step=step)
+            finished += self._collect(phase.scheduler, policy_version)
         return finished
 
     @torch.inference_mode()
@@ -187,6 +194,15 @@ class RolloutEngine:
             longest_prompt=max(len(request.prompt_ids) for request in requests),
             num_samples=sum(len(request.samples) for request in requests),
         )
+        cache = PagedKVCache(
+            num_layers=model.layers,
+            num_pages=num_pages,
+            page_size=config.page_size,
+            num_kv_heads=model.kv_heads,
+            head_dim=model.head_dim,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
         return _Phase(
             scheduler=Scheduler(
                 requests,
@@ -196,21 +212,23 @@ class RolloutEngine:
                 max_completion_tokens=config.max_completion_tokens,
                 expected_completion_tokens=self.expected_completion_tokens,
             ),
-            cache=PagedKVCache(
-                num_layers=model.layers,
-                num_pages=num_pages,
-                page_size=config.page_size,
-                num_kv_heads=model.kv_heads,
-                head_dim=model.head_dim,
-                dtype=weight.dtype,
-                device=weight.device,
-            ),
+            cache=cache,
             page_table=torch.zeros(max_num_seqs, pages_each, dtype=torch.int32),
+            burst=Burst(
+                self._model,
+                cache,
+                config,
+                eos_ids=self._eos_ids,
+                max_rows=max_num_seqs,
+                max_pages=pages_each,
+                max_steps=self._burst_steps,
+                capture=capture_cuda_graph if self._uses_graphs else None,
+            ),
             prefill_tokens=config.prefill_tokens,
         )
 
-    def _prefill(self, phase: _Phase) -> tuple[list[Sequence], Tensor]:
-        """Admits what fits and fills its pages; fresh sequences return with the prompt's hidden."""
+    def _prefill(self, phase: _Phase, *, seed: int, step: int) -> None:
+        """Admits what fits, fills its pages, and draws the first tokens of fresh sequences."""
         prompts, fresh, resumed = phase.scheduler.admit()
         self._fill_pages(phase, prompts, resumed)
         self._copy_tail_pages(phase, fresh)
@@ -219,9 +237,9 @@ class RolloutEngine:
             self._write_page_row(phase, sequence)
         hidden = [entry.last_hidden for _, entry in fresh if entry.last_hidden is not None]
         assert len(hidden) == len(fresh), "a group was admitted before its prompt was computed"
-        return [sequence for sequence, _ in fresh], torch.stack(hidden) if hidden else torch.empty(
-            0
-        )
+        if hidden:
+            sequences = [sequence for sequence, _ in fresh]
+            self._sample(phase, sequences, torch.stack(hidden), seed=seed, step=step)
 
     def _fill_pages(
         self, phase: _Phase, prompts: list[PromptEntry], resumed: list[Sequence]
@@ -280,45 +298,51 @@ class RolloutEngine:
             targets += sequence.pages[full:]
         phase.cache.copy_pages(sources, targets)
 
-    def _decode(self, phase: _Phase) -> tuple[list[Sequence], Tensor]:
-        """One forward pass over the last token of every running sequence."""
+    def _decode(self, phase: _Phase, *, seed: int, step: int) -> None:
+        """A burst of forward passes over the last token of every running sequence."""
         scheduler = phase.scheduler
-        scheduler.make_room()
+        num_steps = scheduler.make_room(self._burst_steps)
         while running := list(scheduler.running):
-            hidden_BD = self._unless_out_of_memory(
-                phase, partial(self._forward_last_tokens, phase, running)
+            used = scheduler.allocator.num_pages - scheduler.allocator.num_free
+            phase.peak_pages = max(phase.peak_pages, used)
+            drawn = self._unless_out_of_memory(
+                phase,
+                partial(
+                    phase.burst.run,
+                    self._make_rows(phase, running, num_steps, seed=seed, step=step),
+                    num_steps,
+                ),
             )
-            if hidden_BD is not None:
-                for sequence in running:
-                    sequence.num_cached += 1
-                phase.num_decode_steps += 1
-                return running, hidden_BD
+            if drawn is not None:
+                break
             _refuse_smaller_than_one(len(running), "decoding one sequence")
             scheduler.preempt_youngest(len(running) // 2)
-        return [], torch.empty(0)
+        else:
+            return
+        phase.num_decode_steps += num_steps
+        for tokens, logprobs in zip(*drawn, strict=True):
+            for sequence, token, logprob in zip(running, tokens, logprobs, strict=True):
+                if sequence.end is None:  # else the burst went on past a stop string
+                    sequence.num_cached += 1
+                    self._append(phase, sequence, token, logprob)
 
-    def _forward_last_tokens(self, phase: _Phase, running: list[Sequence]) -> Tensor:
-        """Hidden states [B, D]; writes keys and values of the last token into its page."""
-        scheduler, page_size = phase.scheduler, self._config.page_size
+    def _make_rows(
+        self, phase: _Phase, running: list[Sequence], num_steps: int, *, seed: int, step: int
+    ) -> DecodeRows:
         for sequence in running:
-            if sequence.num_cached % page_size == 0:
-                self._write_page_row(phase, sequence)
-        used = scheduler.allocator.num_pages - scheduler.allocator.num_free
-        phase.peak_pages = max(phase.peak_pages, used)
-        device = self._model.head_weight.device
+            self._write_page_row(phase, sequence)
         positions_B = torch.tensor([sequence.num_cached for sequence in running])
-        rows = [sequence.row for sequence in running]
-        num_columns = int(positions_B.max()) // page_size + 1
-        page_table_BP = phase.page_table[rows, :num_columns]
-        pages_B = page_table_BP.gather(1, (positions_B // page_size)[:, None]).squeeze(1).long()
-        attend = DecodeAttend(
-            phase.cache,
-            page_table_BP.to(device),
-            (positions_B + 1).int().to(device),
-            (pages_B * page_size + positions_B % page_size).to(device),
+        samples_B = torch.tensor([sequence.sample for sequence in running])
+        num_columns = (int(positions_B.max()) + num_steps - 1) // self._config.page_size + 1
+        page_table_BP = phase.page_table[[sequence.row for sequence in running]]
+        return DecodeRows(
+            tokens_B=torch.tensor([sequence.tokens[-1] for sequence in running]),
+            positions_B=positions_B,
+            num_tokens_B=torch.tensor([len(sequence.tokens) for sequence in running]),
+            keys_B=sample_keys(seed, step, samples_B),
+            active_B=torch.ones(len(running), dtype=torch.bool),
+            page_table_BP=page_table_BP[:, :num_columns].contiguous(),
         )
-        ids_B = torch.tensor([sequence.tokens[-1] for sequence in running], device=device)
-        return self._model(ids_B, positions_B.to(device), attend)
 
     def _unless_out_of_memory(self, phase: _Phase, run: Callable[[], Result]) -> Result | None:
         """The result, or None where memory did not suffice."""
@@ -356,9 +380,13 @@ class RolloutEngine:
         for sequence, token, logprob in zip(
             sequences, tokens_B.tolist(), logprobs_B.tolist(), strict=True
         ):
-            sequence.tokens.append(token)
-            sequence.logprobs.append(logprob)
-        phase.num_tokens += len(sequences)
+            self._append(phase, sequence, token, logprob)
+
+    def _append(self, phase: _Phase, sequence: Sequence, token: int, logprob: float) -> None:
+        sequence.tokens.append(token)
+        sequence.logprobs.append(logprob)
+        sequence.end = self._stops.check(sequence.tokens)
+        phase.num_tokens += 1
 
     def _draw(
         self, sequences: list[Sequence], hidden_BD: Tensor, *, seed: int, step: int
@@ -376,15 +404,13 @@ class RolloutEngine:
             top_k=config.top_k,
         )
 
-    def _collect(
-        self, scheduler: Scheduler, sequences: list[Sequence], policy_version: int
-    ) -> list[Sample]:
+    def _collect(self, scheduler: Scheduler, policy_version: int) -> list[Sample]:
+        """Removes the finished sequences from the running ones."""
         finished = []
-        for sequence in sequences:
-            end = self._stops.check(sequence.tokens)
-            if end is None:
+        for sequence in list(scheduler.running):
+            if sequence.end is None:
                 continue
-            reason, stop_string = end
+            reason, stop_string = sequence.end
             scheduler.finish(sequence)
             finished.append(
                 Sample(

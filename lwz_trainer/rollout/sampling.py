@@ -9,7 +9,7 @@ that wraps the same way on every device.
 import torch
 from torch import Tensor
 
-__all__ = ["keyed_uniforms", "sample_tokens"]
+__all__ = ["keyed_uniforms", "sample_keys", "sample_tokens", "uniforms_at"]
 
 BLOCK = 256
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -19,9 +19,20 @@ MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
 def keyed_uniforms(seed: int, step: int, samples: Tensor, positions: Tensor) -> Tensor:
     """Uniforms in (0, 1), fp64 [B], one for each (sample, position), both int64 [B]."""
+    return uniforms_at(sample_keys(seed, step, samples), positions)
+
+
+def sample_keys(seed: int, step: int, samples: Tensor) -> Tensor:
+    """Int64 [B]: what (seed, step, sample) make of the key, for all positions of a sample."""
     key = _mix(torch.full_like(samples, seed))
-    for part in (torch.full_like(samples, step), samples, positions):
+    for part in (torch.full_like(samples, step), samples):
         key = _mix(key + (part + 1) * GOLDEN)
+    return key
+
+
+def uniforms_at(keys: Tensor, positions: Tensor) -> Tensor:
+    """Uniforms in (0, 1), fp64 [B], of `sample_keys` at these positions, int64 [B]."""
+    key = _mix(keys + (positions + 1) * GOLDEN)
     return (_shift_right(key, 11).double() + 0.5) * 2.0**-53
 
 

@@ -97,8 +97,15 @@ class Scheduler:
                 self.allocator.release(entry.pages)
                 del self._prompts[sequence.group]
 
-    def make_room(self) -> None:
-        """Gives every running sequence a place for its next token, preempting the youngest."""
+    def make_room(self, num_steps: int) -> int:
+        """Gives every running sequence a place for its next tokens, preempting the youngest.
+
+        Args:
+            num_steps: tokens wanted for each; preemption makes room for one.
+
+        Returns:
+            for how many tokens there is room, from 1 to `num_steps`.
+        """
         for sequence in list(self.running):
             while (
                 sequence.row >= 0 and sequence.num_cached == len(sequence.pages) * self._page_size
@@ -107,6 +114,24 @@ class Scheduler:
                     sequence.pages += self.allocator.allocate(1)
                 else:
                     self._preempt(self.running[-1])
+        while num_steps > 1 and sum(map(len, self._missing(num_steps))) > self.allocator.num_free:
+            num_steps -= 1
+        for sequence, missing in zip(self.running, self._missing(num_steps), strict=True):
+            sequence.pages += self.allocator.allocate(len(missing))
+        return num_steps
+
+    def _missing(self, num_steps: int) -> list[range]:
+        """Places in the page table that each running sequence still needs for its next tokens."""
+        return [
+            range(
+                len(sequence.pages),
+                self._pages(
+                    sequence.num_cached
+                    + min(num_steps, self._max_completion - len(sequence.tokens))
+                ),
+            )
+            for sequence in self.running
+        ]
 
     def finish(self, sequence: Sequence) -> None:
         """Removes a finished sequence and learns from its length."""

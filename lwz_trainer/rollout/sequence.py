@@ -57,6 +57,8 @@ class Sequence:
     num_cached: int = 0
     row: int = -1
     """Row of the page table while running."""
+    end: tuple[FinishReason, str] | None = None
+    """Why it is complete, and the stop string or ""."""
 
     def cached_ids(self) -> list[int]:
         """Tokens that the cache must hold before the next decode step."""

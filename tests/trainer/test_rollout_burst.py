@@ -1,0 +1,159 @@
+"""Bursts of decode steps: the same samples whatever their length, batch padding or page supply."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from lwz_trainer.rollout import RolloutEngine
+from lwz_trainer.rollout.burst import Burst, DecodeRows, graph_batch_size
+from lwz_trainer.rollout.kv_cache import PageAllocator, PagedKVCache
+from lwz_trainer.rollout.scheduler import Scheduler
+from lwz_trainer.rollout.sequence import Sample
+from tests.trainer.rollout_case import load_tiny, make_engine, make_requests, sample_all
+
+
+def record_at_once(step: Callable[[], None]) -> Callable[[], None]:
+    """Stands for a graph: runs the step when it is captured, as a warm-up does, and replays it."""
+    step()
+    return step
+
+
+def with_captures(engine: RolloutEngine) -> RolloutEngine:
+    """Makes an engine on a CPU take the path of recorded steps."""
+    engine._uses_graphs = True
+    return engine
+
+
+def key(samples: list[Sample]) -> list[Any]:
+    return [(s.sample, s.completion_ids, s.logprobs, s.text, s.finish_reason) for s in samples]
+
+
+@pytest.mark.parametrize("steps", [2, 3, 8])
+@pytest.mark.parametrize("captures", [False, True])
+def test_generate_does_not_depend_on_the_burst(tmp_path: Path, steps: int, captures: bool) -> None:
+    model, tokenizer = load_tiny(tmp_path)
+    requests = make_requests(group_size=6)
+    settings = {"temperature": 1.5, "max_completion_tokens": 21}
+    plain = make_engine(model, tokenizer, **settings)
+    expected, expected_stats = plain.generate(requests, seed=3, step=2, policy_version=2)
+    # A stop string that some sample meets in the middle of a burst.
+    stop = tokenizer.decode(expected[4].completion_ids[3:5])
+    settings["stop"] = (stop,)
+    expected = sample_all(make_engine(model, tokenizer, **settings), requests)
+    assert {"stop", "length"} <= {sample.finish_reason for sample in expected}
+    engine = make_engine(model, tokenizer, burst_steps=steps, **settings)
+    if captures:
+        with_captures(engine)
+    with mock.patch("lwz_trainer.rollout.engine.capture_cuda_graph", record_at_once):
+        ours, stats = engine.generate(requests, seed=3, step=2, policy_version=2)
+    assert key(ours) == key(expected)
+    assert stats.num_tokens == sum(len(sample.completion_ids) for sample in ours)
+    assert stats.peak_kv_frac <= 1
+    assert expected_stats.num_decode_steps <= 21
+
+
+@pytest.mark.parametrize("captures", [False, True])
+def test_generate_in_bursts_survives_preemption(tmp_path: Path, captures: bool) -> None:
+    model, tokenizer = load_tiny(tmp_path)
+    expected = sample_all(make_engine(model, tokenizer), make_requests())
+    tight = make_engine(model, tokenizer, kv_cache_tokens=80, burst_steps=8)
+    tight.expected_completion_tokens = 1.0  # too optimistic, so that the pool does run out
+    if captures:
+        with_captures(tight)
+    with mock.patch("lwz_trainer.rollout.engine.capture_cuda_graph", record_at_once):
+        samples, stats = tight.generate(make_requests(), seed=3, step=2, policy_version=2)
+    assert stats.num_preemptions > 0
+    assert [s.completion_ids for s in samples] == [s.completion_ids for s in expected]
+
+
+def test_generate_captures_one_step_for_each_batch_size(tmp_path: Path) -> None:
+    model, tokenizer = load_tiny(tmp_path)
+    engine = with_captures(make_engine(model, tokenizer, burst_steps=4, temperature=1.5))
+    captured = []
+    with mock.patch(
+        "lwz_trainer.rollout.engine.capture_cuda_graph",
+        lambda step: captured.append(step) or record_at_once(step),
+    ):
+        _, stats = engine.generate(make_requests(), seed=3, step=2, policy_version=2)
+    assert 1 <= len(captured) <= 5  # 1, 2, 4, 8, 16
+    assert stats.num_decode_steps > len(captured)
+
+
+def test_run_writes_nothing_for_rows_that_are_not_active(tmp_path: Path) -> None:
+    """A recorded step of 8 rows with 5 sequences: the three other rows touch no page."""
+    model, _ = load_tiny(tmp_path)
+    config = model.config
+    cache = PagedKVCache(
+        num_layers=config.layers,
+        num_pages=8,
+        page_size=4,
+        num_kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    cache.keys.fill_(7.0)
+    cache.values.fill_(7.0)
+    section = mock.Mock(temperature=1.0, top_p=1.0, top_k=0, max_completion_tokens=100)
+    burst = Burst(
+        model,
+        cache,
+        section,
+        eos_ids=(),
+        max_rows=8,
+        max_pages=2,
+        max_steps=2,
+        capture=record_at_once,
+    )
+    rows = DecodeRows(
+        tokens_B=torch.arange(5),
+        positions_B=torch.zeros(5, dtype=torch.int64),
+        num_tokens_B=torch.ones(5, dtype=torch.int64),
+        keys_B=torch.arange(5),
+        active_B=torch.ones(5, dtype=torch.bool),
+        page_table_BP=torch.arange(5, dtype=torch.int32)[:, None] + 1,
+    )
+    with torch.inference_mode():
+        drawn, _ = burst.run(rows, 2)
+    assert [len(row) for row in drawn] == [5, 5]
+    assert burst.num_graphs == 1
+    untouched = [0, 6, 7]
+    assert bool((cache.keys[:, untouched] == 7.0).all())
+    assert bool((cache.keys[:, 1:6, :2] != 7.0).any(-1).all())
+    assert bool((cache.keys[:, 1:6, 2:] == 7.0).all())
+
+
+def test_graph_batch_size_is_the_smallest_that_holds_the_batch() -> None:
+    sizes = [graph_batch_size(batch, 256) for batch in range(1, 257)]
+    assert all(size >= batch for batch, size in enumerate(sizes, 1))
+    assert sizes == sorted(sizes)
+    assert len(set(sizes)) <= 20
+    assert graph_batch_size(5, 6) == 6
+
+
+@pytest.mark.parametrize(("num_pages", "expected"), [(20, 8), (6, 8), (5, 5), (4, 5), (3, 1)])
+def test_make_room_takes_only_free_pages_for_later_steps(num_pages: int, expected: int) -> None:
+    """Two prompts of 3 tokens, pages of 4: room for 1 token each in 2 pages, 5 in 4, 9 in 6."""
+    allocator = PageAllocator(20)
+    scheduler = Scheduler(
+        make_requests([[1, 2, 3], [4, 5, 6]], group_size=1),
+        allocator=allocator,
+        page_size=4,
+        max_num_seqs=2,
+        max_completion_tokens=100,
+        expected_completion_tokens=1.0,
+    )
+    _, fresh, _ = scheduler.admit()
+    scheduler.release_prompts(fresh)
+    for sequence in scheduler.running:
+        sequence.tokens.append(1)
+    allocator.allocate(20 - num_pages)  # someone else's
+    steps = scheduler.make_room(8)
+    assert steps == expected
+    assert scheduler.num_preemptions == 0
+    for sequence in scheduler.running:
+        assert len(sequence.pages) * 4 >= sequence.num_cached + steps
