@@ -22,13 +22,15 @@ from lwz_trainer.model.loading import load_hf_config, load_tokenizer
 from lwz_trainer.model.source import resolve_model_dir
 from lwz_trainer.parallel import local_world_size, start_ranks
 from lwz_trainer.rollout.kv_cache import num_pages_for
+from lwz_trainer.train.metrics import peak_memory_gb
 from lwz_trainer.train.prompt_set import PromptSet
 
 __all__ = ["MemoryForecast", "forecast_memory", "num_parameters", "print_forecast"]
 
 
 PROBE_ROWS = 512
-# Left free of a device: its context, libraries' workspaces, and gaps between tensors.
+# Left free of a GPU: its context, libraries' workspaces, and gaps between tensors. Of a CPU's
+# process the last two.
 SPARE_FRAC = 0.05
 
 
@@ -91,8 +93,20 @@ def forecast_memory(
     longest_prompt: int,
     num_ranks: int = 1,
     ranks_per_node: int = 1,
+    program_bytes: int = 0,
 ) -> MemoryForecast:
-    """What one rank of `num_ranks` holds, from the shapes alone."""
+    """What one rank of `num_ranks` holds, from the shapes alone.
+
+    Args:
+        config: of the run.
+        model: sizes.
+        dtype: of the weights.
+        device: of the weights.
+        longest_prompt: in tokens.
+        num_ranks, ranks_per_node: how many there are.
+        program_bytes: of the interpreter and its libraries, on a CPU, where all of the process
+            counts; then what is left free of a GPU is counted too.
+    """
     size = dtype.itemsize
     count = num_parameters(model)
     shards = num_ranks if config.parallel.shard_optimizer else 1
@@ -137,7 +151,7 @@ def forecast_memory(
         )
     if sharers > 1:
         update["exchange between ranks"] = _exchange_bytes(plan, sharers, model, tokens, size)
-    return MemoryForecast(
+    found = MemoryForecast(
         always=always,
         rollout={
             "KV cache": pages * page_bytes,
@@ -147,6 +161,10 @@ def forecast_memory(
         host={"inputs of all layers": kept} if is_offloaded else {},
         is_interleaved=config.update.is_interleaved,
     )
+    if program_bytes:
+        always["program and libraries"] = program_bytes
+        always["workspaces and gaps"] = int(SPARE_FRAC * found.peak)
+    return found
 
 
 def _layer_width(config: TrainConfig, model: ModelConfig) -> int:
@@ -225,6 +243,7 @@ def print_forecast(
         longest_prompt=prompts.longest,
         num_ranks=world_size,
         ranks_per_node=local_world_size() if num_ranks is None else min(num_ranks, 8),
+        program_bytes=int(peak_memory_gb(device) * 1e9) if device.type == "cpu" else 0,
     )
     rollout_s, update_s = _forecast_seconds(
         config,

@@ -65,12 +65,12 @@ def make_scoring(
     """
     pool, limit = config.rewards.pool, config.rollout.max_completion_tokens
     if pool.workers == 0:
-        scorer = Scorer(config.rewards, kind, device, limit)
+        scorer = Scorer(config.rewards, kind, device, max_completion_tokens=limit)
         return InlineScoring(scorer, timeline, by_group=config.update.packs_by_group)
     in_process = pool.kind == "process"
     place = "cpu" if in_process else str(device)
     return RewardPool(
-        partial(Scorer, config.rewards, kind, place, limit),
+        partial(Scorer, config.rewards, kind, place, max_completion_tokens=limit),
         partial(failed_parts, config=config.rewards, kind=kind),
         set(config.rewards.weights),
         timeline,

@@ -186,7 +186,9 @@ class FlatAdamW:
     def zero_grad(self) -> None:
         """Sets the gradients to 0, and takes their memory back if it was released."""
         for grad in self.grads:
-            grad.untyped_storage().resize_(grad.numel() * grad.element_size())
+            storage, size = grad.untyped_storage(), grad.numel() * grad.element_size()
+            if storage.nbytes() != size:  # a resize to the same size copies into new memory
+                storage.resize_(size)
             grad.zero_()
 
     def release_grads(self) -> None:

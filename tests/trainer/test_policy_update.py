@@ -224,6 +224,60 @@ def test_run_stops_before_the_step_and_names_the_samples(tmp_path: Path) -> None
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+def test_zero_grad_takes_no_second_buffer(tmp_path: Path) -> None:
+    """Resizing a storage to its own size would."""
+    model, _ = load_tiny(tmp_path)
+    optimizer = FlatAdamW(model, OptimConfig())
+    optimizer.zero_grad()
+    addresses = [grad.data_ptr() for grad in optimizer.grads]
+    optimizer.zero_grad()
+    assert [grad.data_ptr() for grad in optimizer.grads] == addresses
+    optimizer.release_grads()
+    assert all(grad.untyped_storage().nbytes() == 0 for grad in optimizer.grads)
+    optimizer.zero_grad()
+    assert all((grad == 0).all() for grad in optimizer.grads)
+
+
+def test_no_parameter_moves_in_50_steps(tmp_path: Path) -> None:
+    """The engine samples from the weights that the optimizer steps, in both phases."""
+    model, tokenizer = load_tiny(tmp_path)
+    optimizer = FlatAdamW(model, OptimConfig(lr=1e-3))
+    update = PolicyUpdate(
+        model,
+        optimizer,
+        ALONE,
+        NO_TEAMS,
+        UpdateConfig(),
+        LossConfig(),
+        ref_model=None,
+        temperature=TEMPERATURE,
+        max_completion_tokens=24,
+        section=ModelSection(attention="sdpa", checkpoint_layers=False),
+    )
+    engine = make_engine(model, tokenizer, temperature=TEMPERATURE, max_completion_tokens=4)
+    request = make_requests()[:1]
+    addresses = [p.data_ptr() for p in model.parameters()]
+    first = [p.clone() for p in model.parameters()]
+    for step in range(50):
+        optimizer.release_grads()
+        samples = [
+            TrainSample(
+                group=0,
+                sample=sample.sample,
+                prompt_ids=sample.prompt_ids,
+                completion_ids=sample.completion_ids,
+                sampling_logprobs=sample.logprobs,
+                advantage=1.0 - sample.sample % 2 * 2,
+                in_loss=True,
+            )
+            for sample in sample_all(engine, request, step=step)
+        ]
+        assert [p.data_ptr() for p in model.parameters()] == addresses
+        update.run(samples, num_groups=1, lr=1e-3)
+        assert [p.data_ptr() for p in model.parameters()] == addresses
+    assert not any(torch.equal(a, b) for a, b in zip(first, model.parameters(), strict=True))
+
+
 def test_flat_adamw_works_in_place_and_matches_torch(tmp_path: Path) -> None:
     model, _tokenizer = load_tiny(tmp_path)
     twin, _ = load_tiny(tmp_path)
