@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from lwz_kernels.sequence_parallel import (
     SequenceLayout,
@@ -64,6 +65,11 @@ class Ranks:
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, value, group=self.group)
         return gathered
+
+    def mesh(self) -> DeviceMesh:
+        """All ranks in one dimension, data and sequence alike."""
+        assert self.group is not None, "a process alone has nobody to share with"
+        return DeviceMesh.from_group(self.group, self.device.type)
 
     def barrier(self) -> None:
         if self.group is not None:

@@ -22,6 +22,10 @@ class ParallelConfig:
     shard_optimizer: bool = False
     """Keep AdamW's moments and the masters' lower halves of 1/N of the parameters on each of the N
     ranks (ZeRO stage 1); weights and gradients stay whole."""
+    shard_parameters: bool = False
+    """Keep 1/N of the fp32 masters, gradients and moments on each of the N ranks and no more
+    (FSDP2, ZeRO stage 3): a layer is gathered when it is computed. To sample, every rank gathers a
+    whole copy in the model's dtype and gives it up afterwards."""
     timeout_s: float = 1800.0
     """Within this time of a rank's death or stall every other rank has named it and left: a
     collective waits half of it, a process may be silent an eighth, at most 20 s."""
@@ -35,6 +39,11 @@ class ParallelConfig:
             raise UserError(
                 f"parallel.sequence_scheme is '{self.sequence_scheme}', but parallel.sequence is "
                 "1: set that to 2, 4, … or auto, or leave the scheme out"
+            )
+        if self.shard_parameters and self.shard_optimizer:
+            raise UserError(
+                "parallel.shard_parameters shards the optimizer state too: leave "
+                "parallel.shard_optimizer out"
             )
         if not self.timeout_s > 0:
             raise UserError(f"parallel.timeout_s must be above 0, got {self.timeout_s}")

@@ -99,6 +99,12 @@ class TrainConfig:
                 f"parallel.sequence {self.parallel.sequence}: set it to 1, or use "
                 "update.schedule sequential"
             )
+        if self.parallel.shard_parameters:
+            raise UserError(
+                "update.schedule interleaved adds groups when they end, on each rank at another "
+                "time; parallel.shard_parameters needs all ranks in every pass: leave it out, or "
+                "use update.schedule sequential"
+            )
 
     def _refuse_what_shards_cannot_do(self) -> None:
         """Settings that a sequence spread over ranks does not know."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lwz_kernels.loss_head import has_native_bf16, matmul_wide
 from lwz_kernels.skinny_linear import AUTO_MAX_ROWS, skinny_linear
-from lwz_trainer.model.main_grad import main_grad
+from lwz_trainer.model.main_grad import grad_dtype, main_grad
 
 __all__ = [
     "default_dtype",
@@ -97,6 +97,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, upcasts: bool) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         ctx.upcasts, ctx.main_grad = upcasts, main_grad(weight)
+        ctx.grad_dtype = grad_dtype(weight)
         if not upcasts:
             return F.linear(x, weight, bias)
         wide_bias = None if bias is None else bias.float()
@@ -114,7 +115,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = (dout_RO @ factor).to(x.dtype).view_as(x)
         if ctx.needs_input_grad[1]:
-            dweight = _dweight(dout_RO, x_RI, weight.dtype, ctx.main_grad)
+            dweight = _dweight(dout_RO, x_RI, ctx.grad_dtype, ctx.main_grad)
         if bias is not None and ctx.needs_input_grad[2]:
             dbias = dout_RO.sum(0).to(bias.dtype)
         return dx, dweight, dbias, None
@@ -127,6 +128,7 @@ class _Embedding(torch.autograd.Function):
     def forward(ctx: Any, input_ids: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(input_ids)
         ctx.num_rows, ctx.main_grad = weight.shape[0], main_grad(weight)
+        ctx.grad_dtype = grad_dtype(weight)
         return F.embedding(input_ids, weight)
 
     @staticmethod
@@ -136,7 +138,7 @@ class _Embedding(torch.autograd.Function):
         total = ctx.main_grad
         if total is None:
             return None, torch.ops.aten.embedding_dense_backward(
-                dout_TD, input_ids, ctx.num_rows, -1, False
+                dout_TD.to(ctx.grad_dtype), input_ids, ctx.num_rows, -1, False
             )
         if total.is_cuda:  # sorts first; index_add_ would add in any order there
             total.index_put_((input_ids,), dout_TD.to(total.dtype), accumulate=True)
@@ -150,6 +152,8 @@ def _dweight(
 ) -> Tensor | None:
     """dout.T @ x, added to `total` where there is one, else returned in `dtype`."""
     if total is None:
+        if dout_RO.is_cuda and dtype != dout_RO.dtype:
+            return torch.mm(dout_RO.T, x_RI, out_dtype=dtype)
         return (dout_RO.T @ x_RI).to(dtype)
     if dout_RO.dtype == total.dtype:
         total.addmm_(dout_RO.T, x_RI)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lwz_kernels.dtypes import wide_dtype
+from lwz_trainer.model.main_grad import grad_dtype
 
 __all__ = ["tiled_rows"]
 
@@ -78,7 +79,7 @@ class _TiledRows(torch.autograd.Function):
                         dweight.to(wide, copy=True) if total is None else total.add_(dweight)
                     )
         dweights = (
-            None if total is None else total.to(weight.dtype)
+            None if total is None else total.to(grad_dtype(weight))
             for total, weight in zip(totals, ctx.weights, strict=True)
         )
         return None, None, dx_TD, *dweights

@@ -76,12 +76,20 @@ class MemoryForecast:
 
 def num_parameters(model: ModelConfig) -> int:
     """Matrices and norms; a tied head once."""
+    return model.layers * _num_layer_parameters(model) + _num_end_parameters(model)
+
+
+def _num_layer_parameters(model: ModelConfig) -> int:
     qkv = (model.heads + 2 * model.kv_heads) * model.head_dim
     layer = model.hidden * (qkv + model.heads * model.head_dim + 3 * model.ff + 2)
     layer += qkv if model.qkv_bias else 0
-    layer += 2 * model.head_dim if model.qk_norm else 0
+    return layer + (2 * model.head_dim if model.qk_norm else 0)
+
+
+def _num_end_parameters(model: ModelConfig) -> int:
+    """Of embedding, head and final norm."""
     heads = 1 if model.tie_embeddings else 2
-    return model.layers * layer + heads * model.vocab_size * model.hidden + model.hidden
+    return heads * model.vocab_size * model.hidden + model.hidden
 
 
 def forecast_memory(
@@ -109,12 +117,17 @@ def forecast_memory(
     """
     size = dtype.itemsize
     count = num_parameters(model)
-    shards = num_ranks if config.parallel.shard_optimizer else 1
-    always = {"weights": count * size, "AdamW moments": 8 * count // shards}
-    if dtype != torch.float32:
-        always["lower halves of the masters"] = 2 * count // shards
+    is_fully_sharded = config.parallel.shard_parameters and num_ranks > 1
+    shards = num_ranks if config.parallel.shard_optimizer or is_fully_sharded else 1
+    holders = num_ranks if is_fully_sharded else 1  # of weights and gradients
+    if is_fully_sharded:
+        always = {"fp32 masters": 4 * count // holders, "AdamW moments": 8 * count // shards}
+    else:
+        always = {"weights": count * size, "AdamW moments": 8 * count // shards}
+        if dtype != torch.float32:
+            always["lower halves of the masters"] = 2 * count // shards
     if config.loss.kl_coef > 0:
-        always["reference model"] = count * size
+        always["reference model"] = count * size // holders
     rollout = config.rollout
     per_rank = -(-config.data.prompts_per_step * rollout.group_size // num_ranks)
     rows = min(rollout.max_num_seqs, per_rank)
@@ -136,7 +149,6 @@ def forecast_memory(
     kept = tokens * model.layers * model.hidden * size
     is_offloaded = config.model.offload_layers
     update = {
-        "gradients, fp32": 4 * count,
         "activations of one layer": size
         * (tokens * _layer_width(config, model) + mlp_tokens * 6 * model.ff),
         "hidden states and their gradient": 3 * tokens * model.hidden * size,
@@ -151,12 +163,19 @@ def forecast_memory(
         )
     if sharers > 1:
         update["exchange between ranks"] = _exchange_bytes(plan, sharers, model, tokens, size)
+    if is_fully_sharded:
+        gathered = _gathered_bytes(model, size, activations=sum(update.values()))
+        update["weights at hand and their gradients"] = gathered
+    update["gradients, fp32"] = 4 * count // holders
+    sampling = {
+        "KV cache": pages * page_bytes,
+        "logits of one decode step": 3 * rows * model.vocab_size * 4,
+    }
+    if is_fully_sharded:
+        sampling["weights, gathered"] = count * size
     found = MemoryForecast(
         always=always,
-        rollout={
-            "KV cache": pages * page_bytes,
-            "logits of one decode step": 3 * rows * model.vocab_size * 4,
-        },
+        rollout=sampling,
         update=update,
         host={"inputs of all layers": kept} if is_offloaded else {},
         is_interleaved=config.update.is_interleaved,
@@ -165,6 +184,21 @@ def forecast_memory(
         always["program and libraries"] = program_bytes
         always["workspaces and gaps"] = int(SPARE_FRAC * found.peak)
     return found
+
+
+def _gathered_bytes(model: ModelConfig, size: int, *, activations: int) -> int:
+    """What a fully sharded update holds whole beside `activations` bytes of other values.
+
+    In backward: weights of embedding and head, the head's fp32 gradient, a layer's weights, those
+    of the next one twice (as received, and in place), fp32 gradients of one layer and of the one
+    before it on their way to their ranks. Or, behind all layers and without their activations:
+    gradients of embedding and head, as accumulated and as sent, beside the first layer's as sent.
+    """
+    layer, ends = _num_layer_parameters(model), _num_end_parameters(model)
+    head = model.vocab_size * model.hidden
+    in_layers = size * ends + 4 * head + (3 * size + 8) * layer
+    at_the_end = 8 * ends + 4 * layer
+    return max(in_layers, at_the_end - activations)
 
 
 def _layer_width(config: TrainConfig, model: ModelConfig) -> int:

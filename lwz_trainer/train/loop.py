@@ -42,7 +42,8 @@ from lwz_trainer.train.records import sample_records, write_records
 from lwz_trainer.train.reward_pool import make_scoring
 from lwz_trainer.train.sampling import StepHooks, StepSampler, StepSamples
 from lwz_trainer.train.signals import StopSignal
-from lwz_trainer.update.optimizer import FlatAdamW, learning_rate
+from lwz_trainer.train.weights import PolicyWeights
+from lwz_trainer.update.optimizer import learning_rate
 from lwz_trainer.update.policy_update import PolicyUpdate, UpdateMetrics
 
 __all__ = ["Trainer", "run_train"]
@@ -105,10 +106,10 @@ class Trainer:
             size = 12 * sum(p.numel() for p in self._model.parameters())
             prepare_run_dir(config, checkpoint_bytes=size)
         ranks.barrier()
-        shard_group = ranks.group if config.parallel.shard_optimizer else None
-        self._optimizer = FlatAdamW(self._model, config.optim, shard_group)
+        self._weights = PolicyWeights(self._model, config, ranks)
+        self._optimizer = self._weights.optimizer
         self._update = PolicyUpdate(
-            self._model,
+            self._weights.trained,
             self._optimizer,
             ranks,
             self._teams,
@@ -138,7 +139,6 @@ class Trainer:
         self._step = 0
         self._policy_version = 0
         self._saved_step = -1
-        self._addresses = [p.data_ptr() for p in self._model.parameters()]
 
     def train(self) -> None:
         """All remaining steps; saves and leaves when asked to stop."""
@@ -200,9 +200,9 @@ class Trainer:
         """Samples and scores of this rank; interleaved, with most of their gradients."""
         doing = "sampling" if self._interleaver is None else "sampling and updating"
         self._ranks.enter(f"{doing}, step {self._step + 1}")
-        self._assert_same_addresses()
         total = sum(len(group.request.samples) for group in groups)
-        with self._console.bar(f"step {self._step + 1} {doing}", total, "samples") as bar:
+        title = f"step {self._step + 1} {doing}"
+        with self._weights.whole(), self._console.bar(title, total, "samples") as bar:
 
             def sample(
                 on_group: Callable[[ScoredGroup], None], between_bursts: Callable[[], None]
@@ -314,12 +314,13 @@ class Trainer:
 
     def _finish(self, recorder: Recorder | None) -> None:
         """The final weights, the report, and the line that says what was learned."""
-        if recorder is None:
-            return
         if self._config.checkpoint.export:
             final = self._run_dir / "final"
-            if not final.exists():
-                save_pretrained(self._model, self._tokenizer, self._model_dir, final)
+            with self._weights.whole():
+                if recorder is not None and not final.exists():
+                    save_pretrained(self._model, self._tokenizer, self._model_dir, final)
+        if recorder is None:
+            return
         from lwz_trainer.view.page import write_page
 
         write_page([self._run_dir])
@@ -346,7 +347,7 @@ class Trainer:
         if self._config.loss.kl_coef == 0:
             return None
         reference = load_decoder(self._model_dir, dtype=dtype, device=self._ranks.device)
-        return reference.requires_grad_(False)
+        return self._weights.spread(reference, trainable=False)
 
     def _refuse_uneven_ranks(self) -> None:
         samples = self._config.data.prompts_per_step * self._config.rollout.group_size
@@ -369,8 +370,3 @@ class Trainer:
                     f"({self._config.data.prompts_per_step}) must be a multiple of the number of "
                     f"processes ({self._ranks.world_size})"
                 )
-
-    def _assert_same_addresses(self) -> None:
-        """The optimizer works in place: one copy of the weights, at fixed addresses."""
-        if self._addresses != [p.data_ptr() for p in self._model.parameters()]:
-            raise TrainingStopped("a parameter moved: the engine would sample from old weights")

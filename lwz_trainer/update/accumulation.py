@@ -68,6 +68,8 @@ class Accumulation:
         if not is_long and self._try(work, mean_sequence_tokens):
             return
         parts = self._halves(work)
+        if len(parts) == 1:
+            raise self._too_large(work)
         if not is_long:
             _logger.warning(
                 "out of memory in a micro-batch of %d tokens: it is split and the update starts "
@@ -77,12 +79,15 @@ class Accumulation:
             self._start_over()
             self._limit_tokens = work.batch.num_tokens - 1
         for part in parts:
-            if len(parts) == 1 or not self._try(part, mean_sequence_tokens):
-                raise TrainingStopped(
-                    f"out of memory in the update with a micro-batch of {part.batch.num_tokens} "
-                    "tokens; no weight was changed: lower update.microbatch_tokens or "
-                    "rollout.max_completion_tokens, or spread sequences with parallel.sequence"
-                )
+            if not self._try(part, mean_sequence_tokens):
+                raise self._too_large(part)
+
+    def _too_large(self, work: Work) -> TrainingStopped:
+        return TrainingStopped(
+            f"out of memory in the update with a micro-batch of {work.batch.num_tokens} tokens; no "
+            "weight was changed: lower update.microbatch_tokens or "
+            "rollout.max_completion_tokens, or spread sequences with parallel.sequence"
+        )
 
     def _try(self, work: Work, mean_sequence_tokens: float) -> bool:
         """Whether the micro-batch fitted; if not, a part of its gradient may have been added."""

@@ -23,7 +23,14 @@ from torch.optim.adamw import adamw
 from lwz_trainer.config.sections import OptimConfig
 from lwz_trainer.model.main_grad import attach_main_grad
 
-__all__ = ["FlatAdamW", "join_halves", "learning_rate", "split_halves"]
+__all__ = [
+    "FlatAdamW",
+    "adamw_step",
+    "clip_grads",
+    "join_halves",
+    "learning_rate",
+    "split_halves",
+]
 
 # Elements of a master that are joined, stepped and split again at a time: 4 MiB in fp32.
 SPAN = 1 << 20
@@ -58,6 +65,50 @@ def join_halves(upper: Tensor, lower: Tensor) -> Tensor:
     bits <<= 16
     bits += lower
     return bits.view(torch.float32)
+
+
+def clip_grads(grads: list[Tensor], config: OptimConfig, grad_norm: Tensor) -> None:
+    """Scales parts of a gradient of 2-norm `grad_norm` in place, so that it is at most the limit.
+
+    Args:
+        grads: fp32, any shapes.
+        config: its max_grad_norm; 0 for no limit.
+        grad_norm: scalar, of the whole gradient.
+    """
+    if config.max_grad_norm > 0:
+        factor = (config.max_grad_norm / grad_norm.clamp(min=1e-12)).clamp(max=1.0)
+        for grad in grads:
+            grad.mul_(factor)
+
+
+def adamw_step(
+    masters: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    step: Tensor,
+    config: OptimConfig,
+    *,
+    lr: float,
+    weight_decay: float,
+) -> None:
+    """One step of AdamW, in place on masters and moments; `step`, those before it, stays."""
+    adamw(
+        masters,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        [step.clone() for _ in masters],  # each is counted one up
+        fused=True,
+        amsgrad=False,
+        beta1=config.beta1,
+        beta2=config.beta2,
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=config.eps,
+        maximize=False,
+    )
 
 
 class _Flat:
@@ -232,29 +283,21 @@ class FlatAdamW:
             lr: of this step.
             grad_norm: of the whole gradient, from `reduce_grads`.
         """
-        limit = self._config.max_grad_norm
         for flat in self._flats:
             grad = flat.own_grad
-            if limit > 0:
-                grad.mul_((limit / grad_norm.clamp(min=1e-12)).clamp(max=1.0))
+            clip_grads([grad], self._config, grad_norm)
             moments = flat.ensure_moments()
             for span in flat.spans():
                 master = flat.master(span)
-                adamw(
+                adamw_step(
                     [master],
                     [grad[span]],
                     [moments["exp_avg"][span]],
                     [moments["exp_avg_sq"][span]],
-                    [],
-                    [moments["step"].clone()],  # each call counts one up
-                    fused=True,
-                    amsgrad=False,
-                    beta1=self._config.beta1,
-                    beta2=self._config.beta2,
+                    moments["step"],
+                    self._config,
                     lr=lr,
                     weight_decay=flat.weight_decay,
-                    eps=self._config.eps,
-                    maximize=False,
                 )
                 flat.write(span, master)
             moments["step"] += 1

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lwz_kernels.sequence_parallel import SequenceLayout
 
-__all__ = ["MicroBatch", "TrainSample", "pack_samples"]
+__all__ = ["MicroBatch", "TrainSample", "empty_microbatch", "pack_samples"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,24 @@ def pack_samples(
         else:
             bins.append((unit.num_tokens, [unit]))
     return [_build(content, share_prompts=share_prompts) for _, content in bins]
+
+
+def empty_microbatch() -> MicroBatch:
+    """One token that predicts nothing: a forward and backward pass that adds 0."""
+    none = torch.zeros(0)
+    return MicroBatch(
+        input_ids_T=torch.zeros(1, dtype=torch.long),
+        position_ids_T=torch.zeros(1, dtype=torch.long),
+        cu_seqlens=[0, 1],
+        prefix_of=None,
+        row_index_R=none.long(),
+        labels_R=none.long(),
+        advantages_R=none,
+        sampling_logprobs_R=none,
+        loss_mask_R=none.bool(),
+        completion_cu_seqlens=torch.zeros(1, dtype=torch.long),
+        samples=[],
+    )
 
 
 def _single_units(samples: Sequence[TrainSample]) -> list[_Unit]:

@@ -20,16 +20,18 @@ from lwz_trainer.config.model import ModelSection
 from lwz_trainer.config.sections import UpdateConfig
 from lwz_trainer.errors import TrainingStopped
 from lwz_trainer.model.decoder import Decoder
-from lwz_trainer.model.main_grad import main_grad
+from lwz_trainer.model.main_grad import grad_buffer
 from lwz_trainer.model.offload import HostOffload
 from lwz_trainer.parallel import Ranks, Teams
 from lwz_trainer.timeline import Timeline
 from lwz_trainer.update.accumulation import Accumulation
+from lwz_trainer.update.fully_sharded import is_fully_sharded, reshard
 from lwz_trainer.update.optimizer import FlatAdamW
 from lwz_trainer.update.packing import TrainSample, pack_samples
+from lwz_trainer.update.sharded_adamw import ShardedAdamW
 from lwz_trainer.update.sharding import PlacedPack, place_packs
 from lwz_trainer.update.totals import UpdateMetrics, UpdateTotals
-from lwz_trainer.update.work import Work, make_work
+from lwz_trainer.update.work import Work, make_idle_work, make_work
 
 __all__ = ["PolicyUpdate", "UpdateMetrics"]
 
@@ -40,7 +42,7 @@ class PolicyUpdate:
     def __init__(
         self,
         model: Decoder,
-        optimizer: FlatAdamW,
+        optimizer: FlatAdamW | ShardedAdamW,
         ranks: Ranks,
         teams: Teams,
         config: UpdateConfig,
@@ -55,6 +57,7 @@ class PolicyUpdate:
         assert (ref_model is not None) == (loss_config.kl_coef > 0), "a KL term needs its reference"
         self._model = model
         self._optimizer = optimizer
+        self._is_fully_sharded = is_fully_sharded(model)
         self._ranks = ranks
         self._teams = teams
         self._config = config
@@ -99,12 +102,18 @@ class PolicyUpdate:
         self._forget_samples()
         counts = [self._count(part) for part in self._split(samples, num_groups)]
         shared = self._teams.gather(samples)
-        minibatches = [self.plan(part) for part in self._split(shared, num_groups)]
+        parts = self._split(shared, num_groups)
+        minibatches = [self._in_step(self.plan(part)) for part in parts]
         if config.num_minibatches * config.num_epochs > 1:
             with self._timeline.span("update", "log-probs before the update"):
                 for works in minibatches:
                     for work in works:
                         self._old |= self._logprobs(self._model, work)
+        if self._ref_model is not None and self._is_fully_sharded:  # all ranks together
+            with self._timeline.span("update", "log-probs of the reference"):
+                for works in minibatches:
+                    for work in works:
+                        self._ref |= self._logprobs(self._ref_model, work)
         totals = UpdateTotals()
         for _ in range(config.num_epochs):
             for works, count in zip(minibatches, counts, strict=True):
@@ -187,10 +196,12 @@ class PolicyUpdate:
     def _halves(self, work: Work) -> list[Work]:
         """The samples of a micro-batch in two, about equally long; one that cannot be split alone.
 
-        Parts of packs that are spread over ranks stay: the other ranks know nothing of a split.
+        Parts of packs that are spread over ranks stay, and all of a fully sharded model: the other
+        ranks know nothing of a split.
         """
         samples = [self._samples[number] for number in work.batch.samples]
-        if work.group is not None or len(samples) < 2:
+        is_shared = work.group is not None or self._is_fully_sharded
+        if is_shared or len(samples) < 2:
             return [work]
         ends = list(accumulate(sample.num_fed for sample in samples))
         cut = min(range(1, len(samples)), key=lambda count: abs(2 * ends[count - 1] - ends[-1]))
@@ -201,6 +212,15 @@ class PolicyUpdate:
                 part, budget_tokens=work.batch.num_tokens, share_prompts=self._share_prompts
             )
         ]
+
+    def _in_step(self, works: list[Work]) -> list[Work]:
+        """As many on every rank where each pass is a collective, that of a fully sharded model."""
+        if not self._is_fully_sharded:
+            return works
+        num_passes = int(self._ranks.max([float(len(works))])[0])
+        idle = num_passes - len(works)
+        device, impl = self._ranks.device, self._section.attention
+        return works + [make_idle_work(device, impl) for _ in range(idle)]
 
     def _hidden(self, model: Decoder, work: Work) -> Tensor:
         """Hidden states [R, D] of the positions that predict the completion tokens."""
@@ -227,11 +247,14 @@ class PolicyUpdate:
             chunk_bytes=self._loss_config.chunk_bytes,
             impl=self._loss_config.impl,
         )[0]
+        reshard(model)
         lengths = work.batch.completion_cu_seqlens.diff().tolist()
         return dict(zip(work.batch.samples, logprobs_R.split(lengths), strict=True))
 
     def _rows(self, known: dict[int, Tensor], work: Work) -> Tensor | None:
         """[R] of what is known of the samples of a micro-batch."""
+        if work.is_idle:
+            return torch.zeros(0, device=self._ranks.device)
         if not known:
             return None
         return torch.cat([known[number] for number in work.batch.samples])
@@ -243,7 +266,9 @@ class PolicyUpdate:
         device, batch, config = self._ranks.device, work.batch, self._loss_config
         if self._ref_model is not None and not self._ref.keys() >= set(batch.samples):
             self._ref |= self._logprobs(self._ref_model, work)
-        # dW goes straight into the flat fp32 gradient; the oracle's autograd cannot do that.
+        hidden_RD = self._hidden(self._model, work)
+        # Whole from the forward pass on, where the model is sharded. dW goes straight into its fp32
+        # gradient; the oracle's autograd cannot do that.
         head_weight = self._model.head_weight
         is_oracle = config.impl == "reference"
         shard_tokens_N = batch.sequence_loss_tokens_N
@@ -251,7 +276,7 @@ class PolicyUpdate:
         if config.needs_num_sequences:  # then it divides the entropy bonus alone
             num_loss_tokens = torch.tensor(mean_sequence_tokens, dtype=torch.float64)
         loss, metrics = linear_policy_loss(
-            self._hidden(self._model, work),
+            hidden_RD,
             head_weight,
             batch.labels_R.to(device),
             batch.advantages_R.to(device),
@@ -265,7 +290,7 @@ class PolicyUpdate:
             sampling_logprobs=batch.sampling_logprobs_R.to(device),
             temperature=self._temperature,
             sequence_group=work.group,
-            weight_grad=None if is_oracle else main_grad(head_weight),
+            weight_grad=None if is_oracle else grad_buffer(head_weight),
             config=config,
             chunk_bytes=config.chunk_bytes,
             impl=config.impl,
@@ -302,7 +327,8 @@ class PolicyUpdate:
             for grad in self._optimizer.grads:
                 grad.mul_(scale)
             for done in self._accumulation.done:
-                totals.add(done.metrics, done.loss * scale, done.work.batch.num_tokens)
+                if not done.work.is_idle:
+                    totals.add(done.metrics, done.loss * scale, done.work.batch.num_tokens)
             grad_norm = self._optimizer.reduce_grads(self._ranks.group)
             self._refuse_non_finite(grad_norm)
             self._optimizer.step(lr=lr, grad_norm=grad_norm)
@@ -315,13 +341,18 @@ class PolicyUpdate:
         if not self._ranks.max([float(not is_finite)])[0]:
             return
         bad: set[int] = set()
+        # Of a fully sharded model only the sum over ranks exists, so all of them are named with it.
+        group = self._ranks.group if self._is_fully_sharded else None
         for item in done:
             work = item.work
             is_bad = work.is_any(not torch.isfinite(item.loss))
-            if not is_bad:  # on none of its ranks, so that all of them compute it again
+            is_found = is_bad
+            if self._is_fully_sharded:
+                is_found = bool(self._ranks.max([float(is_bad)])[0])
+            if not is_found:  # on none of the ranks that compute together, so that all do it again
                 self._optimizer.zero_grad()
                 self._accumulate(work, item.mean_sequence_tokens)
-                is_bad = work.is_any(not torch.isfinite(self._optimizer.grad_norm()))
+                is_bad = work.is_any(not torch.isfinite(self._optimizer.reduce_grads(group)))
             if is_bad:
                 bad |= set(work.batch.samples)
         everyone = sorted(set().union(*self._ranks.gather(bad)))

@@ -9,10 +9,10 @@ from torch import Tensor
 from lwz_kernels.attention import SegmentTable, attention
 from lwz_kernels.sequence_parallel import SequenceParallel
 from lwz_trainer.parallel import Teams
-from lwz_trainer.update.packing import MicroBatch
+from lwz_trainer.update.packing import MicroBatch, empty_microbatch
 from lwz_trainer.update.sharding import PlacedPack, document_lengths, shard_microbatch
 
-__all__ = ["PackedAttend", "ShardedAttend", "Work", "make_work"]
+__all__ = ["PackedAttend", "ShardedAttend", "Work", "make_idle_work", "make_work"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ class Work:
     """The ranks of the pack; None where it is whole here."""
     device: torch.device
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether it only keeps step with the other ranks."""
+        return not self.batch.samples
+
     def check_calls(self, expected: int) -> None:
         """Raises if sharded attention did not run `expected` times since the last check."""
         if isinstance(self.attend, ShardedAttend):
@@ -76,3 +81,10 @@ def make_work(pack: PlacedPack, teams: Teams, device: torch.device, impl: str) -
         teams.groups[pack.num_ranks],
         device,
     )
+
+
+def make_idle_work(device: torch.device, impl: str) -> Work:
+    """A pass without samples, where other ranks have one more pack than this one."""
+    batch = empty_microbatch()
+    table = SegmentTable.from_cu_seqlens(batch.cu_seqlens)
+    return Work(batch, PackedAttend(table, impl), None, device)

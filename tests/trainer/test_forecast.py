@@ -41,16 +41,19 @@ QWEN_7B = ModelConfig(
 )
 
 
-def forecast_of(name: str) -> MemoryForecast:
-    """Of a configuration that ships, for 8 GPUs of one node."""
+QWEN_32B = replace(QWEN_7B, hidden=5120, ff=27648, layers=64, heads=40, kv_heads=8)
+
+
+def forecast_of(name: str, model: ModelConfig = QWEN_7B, *, num_ranks: int = 8) -> MemoryForecast:
+    """Of a configuration that ships, for nodes of 8 GPUs."""
     config = load_config(TrainConfig, ROOT / "configs" / f"{name}.yaml")
     return forecast_memory(
         config,
-        QWEN_7B,
+        model,
         dtype=torch.bfloat16,
         device=CUDA,
         longest_prompt=1000,
-        num_ranks=8,
+        num_ranks=num_ranks,
         ranks_per_node=8,
     )
 
@@ -103,6 +106,33 @@ def test_forecast_memory_shares_the_optimizer_state_of_a_sharded_one() -> None:
     for owner in ("AdamW moments", "lower halves of the masters"):
         assert shared.always[owner] == alone.always[owner] // 8
     assert shared.always["weights"] == alone.always["weights"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forecast_memory_divides_everything_of_a_fully_sharded_update(dtype: torch.dtype) -> None:
+    """16 bytes a parameter and the reference; what is whole belongs to one of the phases."""
+    config = replace(TrainConfig(), parallel=ParallelConfig(shard_parameters=True))
+    config = replace(config, loss=replace(config.loss, kl_coef=0.1))
+    kinds = {"dtype": dtype, "device": CUDA, "longest_prompt": 9}
+    found = forecast_memory(config, QWEN_7B, **kinds, num_ranks=8)
+    count = num_parameters(QWEN_7B)
+    state = sum(found.always.values()) + found.update["gradients, fp32"]
+    assert state == (16 + dtype.itemsize) * count // 8
+    assert found.rollout["weights, gathered"] == dtype.itemsize * count
+    head = QWEN_7B.vocab_size * QWEN_7B.hidden
+    assert found.update["weights at hand and their gradients"] > (2 * dtype.itemsize + 4) * head
+    alone = forecast_memory(config, QWEN_7B, **kinds)
+    assert "weights, gathered" not in alone.rollout
+    assert alone.always["weights"] == dtype.itemsize * count
+
+
+def test_forecast_of_32b_fits_64_gpus_of_80_gb_only_when_sharded() -> None:
+    found = forecast_of("qwen2.5_32b_64gpu", QWEN_32B, num_ranks=64)
+    assert num_parameters(QWEN_32B) == 32_763_876_352
+    assert found.misfits(80_000_000_000) == []
+    (misfit,) = found.misfits(72_000_000_000)
+    assert misfit.startswith("rollout: ")
+    assert "weights, gathered 65.5 GB" in misfit
 
 
 def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from lwz_trainer.model.linear import (
     resolve_dtype,
     wide_logits,
 )
-from lwz_trainer.model.main_grad import attach_main_grad
+from lwz_trainer.model.main_grad import attach_main_grad, grad_buffer
 
 ROWS, IN, OUT = 40, 48, 24
 
@@ -168,6 +168,43 @@ def test_embedding_adds_repeated_tokens_to_an_attached_gradient(dtype: torch.dty
     assert weight.grad is None
     assert plain.dtype == dtype
     torch.testing.assert_close(total, expected + 1)
+
+
+@pytest.mark.usefixtures("native_bf16")
+def test_gradients_asked_for_in_fp32_are_not_rounded_to_bf16() -> None:
+    """torch's `grad_dtype`, as a sharded parameter sets it: sums over passes stay fp32."""
+    x, weight, bias = inputs(torch.bfloat16)
+    for parameter in (weight, bias):
+        parameter.grad_dtype = torch.float32
+    douts = [torch.randn(ROWS, OUT).bfloat16() for _ in range(3)]
+    for dout in douts:
+        linear(x.reshape(ROWS, IN), weight, bias).backward(dout)
+    exact = sum(dout.double() for dout in douts).T @ x.detach().double().reshape(ROWS, IN)
+    assert weight.grad.dtype == bias.grad.dtype == torch.float32
+    rounding = torch.finfo(torch.bfloat16).eps if linear_module.has_native_bf16() else 0
+    error = (weight.grad.double() - exact).norm() / exact.norm()
+    assert error < rounding + 8 * torch.finfo(torch.float32).eps
+
+    table = torch.randn(7, 4).bfloat16().requires_grad_()
+    table.grad_dtype = torch.float32
+    input_ids, dout = torch.tensor([3, 0, 3, 3, 6]), torch.randn(5, 4).bfloat16()
+    embedding(input_ids, table).backward(dout)
+    expected = torch.zeros(7, 4).index_add_(0, input_ids, dout.float())
+    torch.testing.assert_close(table.grad, expected)
+
+
+def test_grad_buffer_is_the_attached_gradient_or_zeros_for_autograd_to_add_to() -> None:
+    weight = torch.ones(3, 2, dtype=torch.bfloat16, requires_grad=True)
+    weight.grad_dtype = torch.float32
+    buffer = grad_buffer(weight)
+    assert buffer.dtype == torch.float32
+    assert buffer is weight.grad is grad_buffer(weight)
+    buffer.fill_(2)
+    linear(torch.ones(1, 2, dtype=torch.bfloat16), weight).sum().backward()
+    assert torch.equal(weight.grad, torch.full((3, 2), 3.0))
+    total = torch.zeros(3, 2)
+    attach_main_grad(weight, total)
+    assert grad_buffer(weight) is total
 
 
 @pytest.mark.usefixtures("native_bf16")

@@ -1,0 +1,123 @@
+"""AdamW for a decoder of `shard_decoder`: masters, gradients and moments on 1/N of the parameters.
+
+The shards that are gathered for computation are the fp32 masters themselves, so a bf16 model needs
+no second half beside them: 16 bytes a parameter, divided by N.
+"""
+
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lwz_trainer.config.sections import OptimConfig
+from lwz_trainer.model.decoder import Decoder
+from lwz_trainer.update.fully_sharded import sharded_parameters
+from lwz_trainer.update.optimizer import adamw_step, clip_grads
+
+__all__ = ["ShardedAdamW"]
+
+
+class ShardedAdamW:
+    """AdamW over this rank's rows of every parameter; the methods are those of `FlatAdamW`.
+
+    Args:
+        model: of `shard_decoder`, trainable.
+        config: of AdamW.
+    """
+
+    def __init__(self, model: Decoder, config: OptimConfig) -> None:
+        self._config = config
+        parameters = sharded_parameters(model)
+        # Of a parameter with fewer rows than ranks, some ranks have none.
+        self._parameters = {n: p for n, p in parameters.items() if p.to_local().numel() > 0}
+        self._moments: dict[str, tuple[Tensor, Tensor]] = {}
+        self._step = torch.zeros((), dtype=torch.float32, device=model.embed.device)
+        self._rank = parameters["embed"].device_mesh.get_rank()
+
+    @property
+    def grads(self) -> list[Tensor]:
+        """This rank's rows of the gradient, summed over ranks, fp32."""
+        return list(self._grads().values())
+
+    def zero_grad(self) -> None:
+        """Sets the gradients to 0: the next backward pass makes new ones."""
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    def release_grads(self) -> None:
+        """Gives the gradients' memory to others until the next backward pass."""
+        self.zero_grad()
+
+    def reduce_grads(self, group: dist.ProcessGroup | None) -> Tensor:
+        """Sums what is left to be summed: the gradients lie summed on their ranks already.
+
+        Returns:
+            fp32 scalar, the 2-norm of the gradient of all parameters; a collective.
+        """
+        squares = torch.zeros_like(self._step)
+        for grad in self.grads:
+            squares += torch.linalg.vector_norm(grad).square()
+        dist.all_reduce(squares, group=group)
+        return squares.sqrt()
+
+    @torch.no_grad()
+    def step(self, *, lr: float, grad_norm: Tensor) -> None:
+        """Clips to max_grad_norm and steps the masters in place.
+
+        Args:
+            lr: of this step.
+            grad_norm: of the whole gradient, from `reduce_grads`.
+        """
+        grads = self._grads()
+        clip_grads(list(grads.values()), self._config, grad_norm)
+        self._ensure_moments()
+        for is_matrix, weight_decay in ((True, self._config.weight_decay), (False, 0.0)):
+            names = [n for n, p in self._parameters.items() if (p.dim() >= 2) is is_matrix]
+            if not names:
+                continue
+            adamw_step(
+                [self._parameters[name].to_local() for name in names],
+                [grads[name] for name in names],
+                [self._moments[name][0] for name in names],
+                [self._moments[name][1] for name in names],
+                self._step,
+                self._config,
+                lr=lr,
+                weight_decay=weight_decay,
+            )
+        self._step += 1
+
+    def complete_weights(self) -> None:
+        """Nothing is held twice: what was loaded into `state_dict` is in force."""
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Tensor]:
+        """Masters and AdamW's moments: the live tensors, so loading into them is enough.
+
+        The names say whose rows they are.
+        """
+        self._ensure_moments()
+        state = {"step": self._step}
+        for name, parameter in self._parameters.items():
+            exp_avg, exp_avg_sq = self._moments[name]
+            state[f"master.{name}"] = parameter.to_local()
+            state[f"exp_avg.{name}"] = exp_avg
+            state[f"exp_avg_sq.{name}"] = exp_avg_sq
+        return {f"{name}.rank_{self._rank}": value for name, value in state.items()}
+
+    def _grads(self) -> dict[str, Tensor]:
+        """This rank's rows of the gradient: every backward pass reaches every parameter."""
+        return {
+            name: cast(DTensor, parameter.grad).to_local()
+            for name, parameter in self._parameters.items()
+            if parameter.grad is not None
+        }
+
+    def _ensure_moments(self) -> None:
+        if not self._moments:
+            self._moments = {
+                name: (torch.zeros_like(local), torch.zeros_like(local))
+                for name, local in ((n, p.to_local()) for n, p in self._parameters.items())
+            }
