@@ -45,6 +45,8 @@ class Ranks:
     group: dist.ProcessGroup | None
     watch: Watch | None = None
     """Ends this process when another one is gone."""
+    store: dist.Store | None = None
+    """That all ranks reach; None without a group."""
 
     @property
     def is_main(self) -> bool:
@@ -199,21 +201,30 @@ def start_ranks(*, device: str, num_threads: int, timeout_s: float) -> Ranks:
     if world_size == 1:
         return Ranks(rank=rank, world_size=world_size, device=target, group=None)
     dist.init_process_group("nccl" if use_cuda else "gloo", timeout=wait_limit(timeout_s))
-    # A connection of its own: the process group's may be blocked for as long as a rank is awaited.
-    store = dist.TCPStore(
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    watch = Watch(
+        _connect(timeout_s),
+        rank=rank,
+        world_size=world_size,
+        timeout_s=timeout_s,
+        prefix=f"watch/{attempt}",
+    )
+    store = dist.PrefixStore(f"ranks/{attempt}", _connect(timeout_s))
+    dist.barrier()  # every rank has made its Watch
+    watch.start()
+    return Ranks(rank, world_size, target, dist.group.WORLD, watch, store)
+
+
+def _connect(timeout_s: float) -> dist.TCPStore:
+    """A connection of its own to the run's store: the process group's may be blocked for as long as
+    a rank is awaited."""
+    return dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         is_master=False,
         wait_for_workers=False,
         timeout=timedelta(seconds=silence_limit(timeout_s)),
     )
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    watch = Watch(
-        store, rank=rank, world_size=world_size, timeout_s=timeout_s, prefix=f"watch/{attempt}"
-    )
-    dist.barrier()  # every rank has made its Watch
-    watch.start()
-    return Ranks(rank, world_size, target, dist.group.WORLD, watch)
 
 
 def wait_limit(timeout_s: float) -> timedelta:

@@ -75,6 +75,8 @@ class RolloutConfig:
     same step (dynamic sampling, DAPO, arXiv:2503.14476)."""
     enough_groups_frac: float = 1.0
     """The rollout ends when this share of a rank's groups is complete; the others are dropped."""
+    share_work: bool = False
+    """Let a rank without waiting samples draw those of other ranks; the samples are the same."""
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -99,6 +101,11 @@ class RolloutConfig:
         if not 0 < self.enough_groups_frac <= 1:
             raise UserError(
                 f"rollout.enough_groups_frac must be in (0, 1], got {self.enough_groups_frac}"
+            )
+        if self.share_work and (self.enough_groups_frac < 1 or self.max_replacements > 0):
+            raise UserError(
+                "rollout.share_work completes groups when all ranks have drawn their samples: "
+                "leave rollout.enough_groups_frac and rollout.max_replacements out"
             )
         if self.enough_groups_frac < 1 and self.max_replacements > 0:
             raise UserError(

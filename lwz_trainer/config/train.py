@@ -99,6 +99,11 @@ class TrainConfig:
                 f"parallel.sequence {self.parallel.sequence}: set it to 1, or use "
                 "update.schedule sequential"
             )
+        if self.rollout.share_work:
+            raise UserError(
+                "update.schedule interleaved adds groups while others are being drawn, "
+                "rollout.share_work completes them at the end: use one of them"
+            )
         if self.parallel.shard_parameters:
             raise UserError(
                 "update.schedule interleaved adds groups when they end, on each rank at another "

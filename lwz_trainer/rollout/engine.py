@@ -29,6 +29,7 @@ from lwz_trainer.rollout.kv_cache import PageAllocator, PagedKVCache, num_pages_
 from lwz_trainer.rollout.sampling import keyed_uniforms, sample_keys, sample_tokens
 from lwz_trainer.rollout.scheduler import PromptEntry, Scheduler
 from lwz_trainer.rollout.sequence import Request, Sample, Sequence
+from lwz_trainer.rollout.shared_work import SharedWork
 from lwz_trainer.rollout.stopping import StopChecker
 
 __all__ = ["EngineStats", "RolloutEngine", "RolloutInterrupted"]
@@ -130,7 +131,7 @@ class RolloutEngine:
 
     def generate(
         self,
-        requests: list[Request],
+        requests: list[Request] | SharedWork,
         *,
         seed: int,
         step: int,
@@ -139,10 +140,10 @@ class RolloutEngine:
         should_stop: Callable[[], bool] | None = None,
         on_burst: OnBurst | None = None,
     ) -> tuple[list[Sample], EngineStats]:
-        """All samples of all requests, in order of their sample numbers.
+        """All samples of all requests, or those claimed here, in order of their sample numbers.
 
         Args:
-            requests: the groups.
+            requests: the groups, or what is to be shared with other ranks.
             seed, step: with sample number and position the key of every token.
             policy_version: kept with every sample.
             on_progress: called with (samples done, tokens) after every burst.
@@ -155,7 +156,7 @@ class RolloutEngine:
         phase = self._begin(requests)
         scheduler = phase.scheduler
         samples: list[Sample] = []
-        while scheduler.waiting or scheduler.running:
+        while scheduler.goes_on():
             if should_stop is not None and should_stop():
                 raise RolloutInterrupted
             finished = self._burst(phase, seed=seed, step=step, policy_version=policy_version)
@@ -187,12 +188,14 @@ class RolloutEngine:
         return finished
 
     @torch.inference_mode()
-    def _begin(self, requests: list[Request]) -> _Phase:
+    def _begin(self, requests: list[Request] | SharedWork) -> _Phase:
         config, model = self._config, self._model.config
         weight = self._model.head_weight
+        own = requests.own if isinstance(requests, SharedWork) else requests
+        known = requests.all if isinstance(requests, SharedWork) else requests
         max_num_seqs, pages_each, num_pages = self.plan_cache(
-            longest_prompt=max(len(request.prompt_ids) for request in requests),
-            num_samples=sum(len(request.samples) for request in requests),
+            longest_prompt=max(len(request.prompt_ids) for request in known),
+            num_samples=sum(len(request.samples) for request in own),
         )
         cache = PagedKVCache(
             num_layers=model.layers,

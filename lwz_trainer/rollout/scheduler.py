@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lwz_trainer.rollout.kv_cache import PageAllocator, num_pages_for
 from lwz_trainer.rollout.sequence import Request, Sequence
+from lwz_trainer.rollout.shared_work import SharedWork
 
 __all__ = ["PromptEntry", "Scheduler"]
 
@@ -31,7 +32,7 @@ class Scheduler:
 
     def __init__(
         self,
-        requests: list[Request],
+        requests: list[Request] | SharedWork,
         *,
         allocator: PageAllocator,
         page_size: int,
@@ -39,11 +40,14 @@ class Scheduler:
         max_completion_tokens: int,
         expected_completion_tokens: float,
     ) -> None:
-        self.waiting = deque(
-            Sequence(group=request.group, sample=sample, prompt_ids=request.prompt_ids)
-            for request in requests
-            for sample in request.samples
-        )
+        self._shared = requests if isinstance(requests, SharedWork) else None
+        self.waiting: deque[Sequence] = deque()
+        if not isinstance(requests, SharedWork):  # else each is claimed when there is a place
+            self.waiting.extend(
+                Sequence(group=request.group, sample=sample, prompt_ids=request.prompt_ids)
+                for request in requests
+                for sample in request.samples
+            )
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self.allocator = allocator
@@ -54,6 +58,13 @@ class Scheduler:
         self._prior_tokens = expected_completion_tokens
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._prompts: dict[int, PromptEntry] = {}
+
+    def goes_on(self) -> bool:
+        """Whether anything runs or waits, or was found among what all ranks share."""
+        if self.running or self.waiting or self._claim():
+            return True
+        self._drop_prompts()  # their groups were completed elsewhere
+        return False
 
     def admit(self) -> tuple[list[PromptEntry], list[tuple[Sequence, PromptEntry]], list[Sequence]]:
         """Moves sequences from waiting to running while their projected pages are free.
@@ -67,7 +78,7 @@ class Scheduler:
         resumed: list[Sequence] = []
         if self.waiting and not self.running and not self._fits(self.waiting[0]):
             self._drop_prompts()
-        while self.waiting and self._free_rows and self._fits(self.waiting[0]):
+        while self._free_rows and (self.waiting or self._claim()) and self._fits(self.waiting[0]):
             sequence = self.waiting.popleft()
             sequence.row = self._free_rows.pop()
             if sequence.tokens:
@@ -164,7 +175,20 @@ class Scheduler:
 
     def _num_fresh(self, popped: Sequence) -> int:
         """Members of this group that have yet to start, the one just popped included."""
-        return 1 + sum(s.group == popped.group and not s.tokens for s in self.waiting)
+        unclaimed = 0 if self._shared is None else self._shared.num_left(popped.group)
+        waiting = sum(s.group == popped.group and not s.tokens for s in self.waiting)
+        return 1 + waiting + unclaimed
+
+    def _claim(self) -> bool:
+        """Lets one more sample wait here, if one is left that no rank has claimed."""
+        found = None if self._shared is None else self._shared.claim_next()
+        if found is None:
+            return False
+        request, sample = found
+        self.waiting.append(
+            Sequence(group=request.group, sample=sample, prompt_ids=request.prompt_ids)
+        )
+        return True
 
     def _drop_prompts(self) -> None:
         """Gives cached prompts up when they are what keeps the next sequence out."""

@@ -64,6 +64,7 @@ def rollout_metrics(found: StepSamples, ranks: Ranks, *, seconds: float) -> dict
             float(found.num_replaced),
             float(found.num_dropped),
             float(found.num_worker_failures),
+            float(found.num_handed),
         ]
     )
     (kv_used,) = ranks.max([max(stats.peak_kv_frac for stats in found.stats)])
@@ -73,6 +74,7 @@ def rollout_metrics(found: StepSamples, ranks: Ranks, *, seconds: float) -> dict
         "rollout/preemptions": sums[2],
         "rollout/replaced_groups": sums[3],
         "rollout/dropped_groups": sums[4],
+        "rollout/handed_samples": sums[6],
         "rollout/kv_used_frac": kv_used,
         "reward/worker_failures": sums[5],
     }

@@ -11,6 +11,7 @@ from lwz_trainer.parallel import Ranks
 from lwz_trainer.rewards.advantages import check_failures, group_advantages
 from lwz_trainer.rewards.score import RewardParts, RewardSample, stack_rewards
 from lwz_trainer.rollout import EngineStats, RolloutEngine, RolloutInterrupted, Sample
+from lwz_trainer.rollout.shared_work import SharedWork
 from lwz_trainer.timeline import Timeline
 from lwz_trainer.train.groups import EndedGroup, GroupCollector, ScoredGroup
 from lwz_trainer.train.prompt_set import GroupPrompt, PromptSet
@@ -37,6 +38,8 @@ class StepSamples:
     """Groups that were not complete when enough others were."""
     num_worker_failures: int = 0
     """Completions whose reward worker failed."""
+    num_handed: int = 0
+    """Samples that this rank drew for others."""
     num_failed: dict[str, int] = field(default_factory=dict)
     """Missing scores, by reward; of groups that were replaced too."""
     num_applicable: dict[str, int] = field(default_factory=dict)
@@ -132,26 +135,33 @@ class StepSampler:
     ) -> bool:
         """Samples and scores these groups; False if it was interrupted."""
         collector = GroupCollector(prompts)
+        shared = self._shared_work(prompts, step) if self._config.rollout.share_work else None
         num_enough = math.ceil(self._config.rollout.enough_groups_frac * len(prompts))
         num_ended = 0
         began_s = time.perf_counter()
 
-        def on_burst(finished: list[Sample]) -> bool:
-            nonlocal began_s, num_ended
-            self._timeline.add("decode", "decode", began_s, time.perf_counter())
-            for group in collector.add(finished):
+        def take(samples: list[Sample]) -> None:
+            nonlocal num_ended
+            for group in collector.add(samples):
                 num_ended += 1
                 self._ended[group.number] = group
                 self._scoring.submit(group.number, self._reward_samples(group))
+
+        def on_burst(finished: list[Sample]) -> bool:
+            nonlocal began_s
+            self._timeline.add("decode", "decode", began_s, time.perf_counter())
+            if shared is None:  # else groups are complete when all ranks are done
+                take(finished)
             if self._has_whole_groups:
                 self._judge(self._timed(self._scoring.completed), can_replace, hooks)
             hooks.between_bursts()
             began_s = time.perf_counter()
             return num_ended < num_enough
 
+        drawn: list[Sample] | None = None
         try:
-            _, stats = self._engine.generate(
-                [prompt.request for prompt in prompts],
+            drawn, stats = self._engine.generate(
+                [prompt.request for prompt in prompts] if shared is None else shared,
                 seed=self._config.seed,
                 step=step,
                 policy_version=policy_version,
@@ -161,12 +171,41 @@ class StepSampler:
             )
         except RolloutInterrupted:
             _logger.info("rollout of step %d interrupted", step + 1)
+        if shared is not None and self._ranks.max([float(drawn is None)])[0]:
             return False
+        if drawn is None:
+            return False
+        if shared is not None:
+            take(self._exchange(drawn, prompts))
         self._found.stats.append(stats)
         self._found.num_dropped += len(prompts) - num_ended
         if self._has_whole_groups:
             self._judge(self._timed(self._scoring.drain), can_replace, hooks)
         return True
+
+    def _shared_work(self, own: list[GroupPrompt], step: int) -> SharedWork | None:
+        """This rank's samples and those of the others; None where there are no others."""
+        if self._ranks.store is None:
+            return None
+        world_size = self._ranks.world_size
+        helped = [(self._ranks.rank + away) % world_size for away in range(1, world_size)]
+        others = [
+            self._prompts.step_groups(step, rank=rank, world_size=world_size) for rank in helped
+        ]
+        return SharedWork(
+            self._ranks.store,
+            f"samples of step {step}",
+            [prompt.request for prompt in own],
+            [[prompt.request for prompt in prompts] for prompts in others],
+        )
+
+    def _exchange(self, drawn: list[Sample], prompts: list[GroupPrompt]) -> list[Sample]:
+        """Hands the samples of others over; those of this rank, wherever they were drawn."""
+        own = {sample for prompt in prompts for sample in prompt.request.samples}
+        foreign = [sample for sample in drawn if sample.sample not in own]
+        self._found.num_handed += len(foreign)
+        everyone = (sample for part in self._ranks.gather(foreign) for sample in part)
+        return [sample for sample in (*drawn, *everyone) if sample.sample in own]
 
     def _reward_samples(self, group: EndedGroup) -> list[RewardSample]:
         prompt = group.prompt.prompt
