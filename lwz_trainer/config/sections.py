@@ -3,9 +3,10 @@
 Each field's docstring is its help text on the command line.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from lwz_trainer.config.vllm_server import VllmServerConfig
 from lwz_trainer.errors import UserError
 
 __all__ = [
@@ -77,6 +78,13 @@ class RolloutConfig:
     """The rollout ends when this share of a rank's groups is complete; the others are dropped."""
     share_work: bool = False
     """Let a rank without waiting samples draw those of other ranks; the samples are the same."""
+    engine: Literal["own", "vllm", "vllm_server"] = "own"
+    """"own" samples from the trainer's weights themselves; "vllm" from a copy of them in the same
+    processes, "vllm_server" from one in a vLLM server: docs/vllm.md."""
+    vllm_eager: bool = False
+    """Start engine vllm without torch.compile and CUDA graphs: sooner, but it decodes slower."""
+    server: VllmServerConfig = field(default_factory=VllmServerConfig)
+    """The server of engine vllm_server."""
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -114,6 +122,10 @@ class RolloutConfig:
             )
         if any(not stop for stop in self.stop):
             raise UserError("rollout.stop holds an empty string: it would end every completion")
+        if self.engine not in ("own", "vllm", "vllm_server"):
+            raise UserError(f"rollout.engine must be own, vllm or vllm_server, got '{self.engine}'")
+        if self.engine == "vllm_server":
+            self.server.require()
 
 
 @dataclass(frozen=True)

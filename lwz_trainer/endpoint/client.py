@@ -21,7 +21,7 @@ from lwz_trainer.config.endpoint import EndpointConfig
 from lwz_trainer.endpoint.breaker import CircuitBreaker
 from lwz_trainer.endpoint.cache import AnswerCache
 from lwz_trainer.endpoint.errors import AnswerError, EndpointDown, EndpointError, RequestRefused
-from lwz_trainer.endpoint.transport import FatalStatus, TransientFailure, post_json
+from lwz_trainer.endpoint.transport import FatalStatus, TransientFailure, get_json, post_json
 from lwz_trainer.errors import UserError
 
 __all__ = ["Endpoint", "Message", "Usage"]
@@ -65,6 +65,7 @@ class Endpoint:
             )
         self._config = config
         self._base_url = config.base_url.rstrip("/")
+        self._root = self._base_url.removesuffix("/v1")
         self._secret = _api_key(config.api_key_env)
         headers = {"Content-Type": "application/json"}
         if self._secret:
@@ -123,10 +124,25 @@ class Endpoint:
         Raises:
             RequestRefused, EndpointDown, EndpointError: as `chat`.
         """
-        # Not part of OpenAI's interface: it lies beside the version, not below it.
-        url = f"{self._base_url.removesuffix('/v1')}/classify"
         body = {"model": self._config.model, "input": list(texts)}
-        return await self._answer(url, body, lambda answer: _probs(answer, len(texts)), sample=0)
+        return await self.post("/classify", body, read=lambda answer: _probs(answer, len(texts)))
+
+    async def post(self, path: str, body: dict[str, Any], *, read: Callable[[Any], T]) -> T:
+        """What `read` takes out of the answer to a JSON request at any path of the server.
+
+        Args:
+            path: from the server's root, `/v1` included: not all that vLLM has is OpenAI's.
+            body: the whole request; the configured sampling fields are not added.
+            read: raises KeyError, TypeError or the like for an answer of another form.
+
+        Raises:
+            RequestRefused, EndpointDown, EndpointError: as `chat`.
+        """
+        return await self._answer(self._root + path, body, read, sample=0)
+
+    async def get(self, path: str, *, read: Callable[[Any], T]) -> T:
+        """As `post`, for a GET, which is never answered from disk."""
+        return read(await self._attempts(self._root + path, None, read))
 
     async def _parsed(
         self,
@@ -167,7 +183,9 @@ class Endpoint:
                 self._has_answered = True
         return read(answer)
 
-    async def _attempts(self, url: str, body: dict[str, Any], read: Callable[[Any], Any]) -> Any:
+    async def _attempts(
+        self, url: str, body: dict[str, Any] | None, read: Callable[[Any], Any]
+    ) -> Any:
         """The server's answer, once `read` accepts it."""
         if not self._breaker.admits():
             raise EndpointDown(self._breaker.reason)
@@ -200,17 +218,19 @@ class Endpoint:
         return answer
 
     async def _attempt(
-        self, url: str, body: dict[str, Any], read: Callable[[Any], Any], is_probe: bool
+        self, url: str, body: dict[str, Any] | None, read: Callable[[Any], Any], is_probe: bool
     ) -> Any:
         async with self._slots:
             while (pause := self._resume_at - time.monotonic()) > 0:
                 await asyncio.sleep(pause)
             if self._breaker.reason and not is_probe:
                 raise EndpointDown(self._breaker.reason)
+            limits: dict[str, Any] = {"timeout_s": self._config.timeout_s, "secret": self._secret}
             try:
-                answer = await post_json(
-                    self._http, url, body, timeout_s=self._config.timeout_s, secret=self._secret
-                )
+                if body is None:
+                    answer = await get_json(self._http, url, **limits)
+                else:
+                    answer = await post_json(self._http, url, body, **limits)
             except TransientFailure as error:
                 self._resume_at = max(self._resume_at, time.monotonic() + error.retry_after_s)
                 raise

@@ -1,17 +1,18 @@
-"""One POST: an answer, or an exception that says whether another attempt may help."""
+"""One POST or GET: an answer, or an exception that says whether another attempt may help."""
 
 import asyncio
 import email.utils
 import json
 import math
 import time
+from collections.abc import Awaitable
 from typing import Any
 
 import httpx2
 
 from lwz_trainer.endpoint.errors import RequestRefused
 
-__all__ = ["FatalStatus", "TransientFailure", "post_json"]
+__all__ = ["FatalStatus", "TransientFailure", "get_json", "post_json"]
 
 _TRANSIENT_STATUSES = frozenset({408, 425, 429, *range(500, 600)})
 # Key, account, address or model: wrong for every request alike.
@@ -50,9 +51,18 @@ async def post_json(
     """
     # Plain ASCII, since JSON may hold lone surrogates, which have no UTF-8.
     content = json.dumps(body)
+    return await _json_of(client.post(url, content=content), timeout_s, secret)
+
+
+async def get_json(client: httpx2.AsyncClient, url: str, *, timeout_s: float, secret: str) -> Any:
+    """As `post_json`, without a body."""
+    return await _json_of(client.get(url), timeout_s, secret)
+
+
+async def _json_of(sending: Awaitable[httpx2.Response], timeout_s: float, secret: str) -> Any:
     try:
         async with asyncio.timeout(timeout_s):
-            response = await client.post(url, content=content)
+            response = await sending
         text = response.text
     except TimeoutError as error:
         raise TransientFailure(f"no answer within {timeout_s:g} s") from error

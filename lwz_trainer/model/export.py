@@ -17,7 +17,9 @@ from lwz_trainer.model.decoder import Decoder
 from lwz_trainer.model.loading import load_hf_config
 from lwz_trainer.model.parameter_names import CheckpointSlice, checkpoint_slices
 
-__all__ = ["save_pretrained"]
+__all__ = ["save_pretrained", "write_weights"]
+
+MAX_SHARD_BYTES = 5_000_000_000
 
 _GENERATION_CONFIG = "generation_config.json"
 _ARCHITECTURES: dict[Family, str] = {
@@ -33,7 +35,7 @@ def save_pretrained(
     source: Path | PreTrainedConfig,
     out_dir: Path,
     *,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes config.json, safetensors, tokenizer and chat template; the directory appears whole.
 
@@ -62,7 +64,7 @@ def save_pretrained(
         )
     try:
         with atomic_directory(out_dir) as partial:
-            _write_weights(decoder, partial, max_shard_bytes)
+            write_weights(decoder, partial, max_shard_bytes=max_shard_bytes)
             _write_config(decoder, hf_config, partial)
             tokenizer.save_pretrained(partial)
             if isinstance(source, Path) and (source / _GENERATION_CONFIG).is_file():
@@ -80,7 +82,10 @@ def _write_config(decoder: Decoder, hf_config: PreTrainedConfig, out_dir: Path) 
     written.save_pretrained(out_dir)
 
 
-def _write_weights(decoder: Decoder, out_dir: Path, max_shard_bytes: int) -> None:
+def write_weights(
+    decoder: Decoder, out_dir: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """The safetensors files of `save_pretrained`, and their index if there are several."""
     parameters = dict(decoder.named_parameters())
 
     def rows(piece: CheckpointSlice) -> Tensor:

@@ -50,12 +50,12 @@ class RolloutInterrupted(Exception):
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Of one `generate`."""
+    """Of one `generate`; NaN for what an engine does not say."""
 
     num_tokens: int
     num_decode_steps: int
     num_prefill_tokens: int
-    num_preemptions: int
+    num_preemptions: float
     peak_kv_frac: float
     seconds: float
     num_out_of_memory: int = 0

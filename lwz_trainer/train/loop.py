@@ -97,7 +97,9 @@ class Trainer:
         self._timeline = Timeline(ranks.rank)
         self._scoring = make_scoring(config, self._prompts.kind, ranks.device, self._timeline)
         self._run_dir = Path(config.output_dir)
-        self._engine = make_engine(self._model, self._tokenizer, self._model_dir, config.rollout)
+        self._engine = make_engine(
+            self._model, self._tokenizer, self._model_dir, config.rollout, ranks
+        )
         self._engine.plan_cache(
             longest_prompt=self._prompts.longest, num_samples=config.rollout.max_num_seqs
         )

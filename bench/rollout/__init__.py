@@ -1,0 +1,1 @@
+"""Rollout throughput of this project's engine, vLLM and transformers."""
