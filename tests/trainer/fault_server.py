@@ -84,11 +84,11 @@ class FaultServer:
         self._server.server_close()
 
     def _take(self, handler: BaseHTTPRequestHandler) -> tuple[dict[str, Any], int]:
-        num_bytes = int(handler.headers["Content-Length"])
+        num_bytes = int(handler.headers["Content-Length"] or 0)
         content = handler.rfile.read(num_bytes)
         if len(content) < num_bytes:
             raise ConnectionAbortedError("the client went away between the head and the body")
-        body = json.loads(content)
+        body = json.loads(content or "{}")
         with self._lock:
             self.bodies.append(body)
             self.paths.append(handler.path)
@@ -107,6 +107,8 @@ class FaultServer:
                 finally:
                     with server._lock:
                         server._at_once -= 1
+
+            do_GET = do_POST
 
             def _send(self, reply: Reply | Hang | Reset) -> None:
                 if isinstance(reply, Hang):

@@ -1,7 +1,7 @@
 """vLLM in the trainer's own processes, with a copy of the weights that is pushed in place.
 
-One engine a rank. On a GPU it sleeps between rollouts and gives up weights and KV cache; it wakes by
-tag: first memory of the weights, then the push, then memory of the cache. On a CPU it cannot sleep.
+One engine a rank. On a GPU it sleeps between rollouts and gives up weights and KV cache; it wakes
+by tag: memory of the weights, the push, memory of the cache. On a CPU it cannot sleep.
 """
 
 import os
