@@ -83,15 +83,27 @@ def _write_config(decoder: Decoder, hf_config: PreTrainedConfig, out_dir: Path) 
 
 
 def write_weights(
-    decoder: Decoder, out_dir: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
+    decoder: Decoder,
+    out_dir: Path,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    names_tied_head: bool = False,
 ) -> None:
-    """The safetensors files of `save_pretrained`, and their index if there are several."""
+    """The safetensors files of `save_pretrained`, and their index if there are several.
+
+    Args:
+        decoder: the weights.
+        out_dir: an empty directory.
+        max_shard_bytes: as in `save_pretrained`.
+        names_tied_head: as in `checkpoint_slices`.
+    """
     parameters = dict(decoder.named_parameters())
 
     def rows(piece: CheckpointSlice) -> Tensor:
         return parameters[piece.parameter].detach()[piece.start : piece.stop]
 
-    shards = list(_shards(checkpoint_slices(decoder.config), rows, max_shard_bytes))
+    slices = checkpoint_slices(decoder.config, names_tied_head=names_tied_head)
+    shards = list(_shards(slices, rows, max_shard_bytes))
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file_name = (
@@ -107,7 +119,7 @@ def write_weights(
         save_file(tensors, out_dir / file_name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file_name)
     if len(shards) > 1:
-        total_size = sum(parameter.nbytes for parameter in parameters.values())
+        total_size = sum(rows(piece).nbytes for piece in slices)
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         (out_dir / "model.safetensors.index.json").write_text(
             json.dumps(index, indent=2) + "\n", encoding="utf-8"

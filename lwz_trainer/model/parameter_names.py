@@ -23,10 +23,15 @@ class CheckpointSlice:
     stop: int
 
 
-def checkpoint_slices(config: ModelConfig) -> list[CheckpointSlice]:
+def checkpoint_slices(
+    config: ModelConfig, *, names_tied_head: bool = False
+) -> list[CheckpointSlice]:
     """All tensors of the checkpoint, in the order in which the model uses them.
 
-    Tied models have no `lm_head.weight`.
+    Args:
+        config: of the model.
+        names_tied_head: a tied head is `lm_head.weight` too, for a program that copies it; else
+            tied models have no such tensor.
     """
     slices = [CheckpointSlice("model.embed_tokens.weight", "embed", 0, config.vocab_size)]
     for index in range(config.layers):
@@ -34,6 +39,8 @@ def checkpoint_slices(config: ModelConfig) -> list[CheckpointSlice]:
     slices.append(CheckpointSlice("model.norm.weight", "final_norm", 0, config.hidden))
     if not config.tie_embeddings:
         slices.append(CheckpointSlice("lm_head.weight", "lm_head", 0, config.vocab_size))
+    elif names_tied_head:
+        slices.append(CheckpointSlice("lm_head.weight", "embed", 0, config.vocab_size))
     return slices
 
 

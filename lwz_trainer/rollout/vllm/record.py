@@ -19,13 +19,12 @@ __all__ = ["checkpoint_tensors", "finished_sample", "sample_seed", "sampling_fie
 def checkpoint_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
     """The present weights under their checkpoint names, as views, layer by layer.
 
-    A tied head comes under its own name too: vLLM skips it where it ties the two itself.
+    With the tied head: vLLM on a CPU keeps a packed copy of it, which `embed_tokens` alone would
+    leave as it was (measured: mean |Δp| 1e-3 after one update, 4e-6 with it).
     """
     parameters = dict(model.named_parameters())
-    for piece in checkpoint_slices(model.config):
+    for piece in checkpoint_slices(model.config, names_tied_head=True):
         yield piece.name, parameters[piece.parameter].detach()[piece.start : piece.stop]
-    if model.config.tie_embeddings:
-        yield "lm_head.weight", model.head_weight.detach()
 
 
 def sample_seed(seed: int, step: int, sample: int) -> int:

@@ -151,7 +151,7 @@ class VllmServerEngine:
             folder = Path(self._config.server.weights_dir) / label
             try:
                 folder.mkdir()
-                write_weights(self._model, folder)
+                write_weights(self._model, folder, names_tied_head=True)
                 reload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
                 _ask(endpoint, lambda client: client.post("/collective_rpc", reload, read=_whole))
             except OSError as error:
