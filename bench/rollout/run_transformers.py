@@ -23,6 +23,7 @@ from transformers import (
 from bench.rollout.workload import WARM_UP_TOKENS, Answer, Workload
 
 PAD = 0
+BLOCK_TOKENS = 256
 Found = tuple[list[list[int]], list[list[float]]]
 
 
@@ -103,11 +104,17 @@ def _generate(model: Any, workload: Workload, num_tokens: int, mode: str) -> Fou
 
 
 def _continuous(model: Any, workload: Workload, num_tokens: int, _mode: str) -> Found:
+    blocks_each = 1 + (workload.longest_prompt + num_tokens) // BLOCK_TOKENS
     outputs = model.generate_batch(
         workload.sample_prompts,
         generation_config=_config(num_tokens),
         continuous_batching_config=ContinuousBatchingConfig(
-            return_logprobs=True, seed=workload.seed, max_memory_percent=0.3
+            page_size=BLOCK_TOKENS,
+            # Left to itself it takes most of the memory, and the time to fill that with zeros.
+            num_blocks=workload.batch * blocks_each,
+            max_batch_tokens=workload.batch * workload.longest_prompt,
+            return_logprobs=True,
+            seed=workload.seed,
         ),
     )
     answers = list(outputs.values())
