@@ -1,4 +1,4 @@
-"""The rollout benchmark: a row for each provider, and none with a time that did not pass the gate."""
+"""The rollout benchmark: a row for each provider, and no time for one that fails the gate."""
 
 import csv
 import dataclasses
