@@ -32,7 +32,7 @@ from lwz_trainer.rollout.sequence import Request, Sample, Sequence
 from lwz_trainer.rollout.shared_work import SharedWork
 from lwz_trainer.rollout.stopping import StopChecker
 
-__all__ = ["EngineStats", "RolloutEngine", "RolloutInterrupted"]
+__all__ = ["EngineStats", "OnBurst", "Progress", "RolloutEngine", "RolloutInterrupted"]
 
 Progress = Callable[[int, int], None]
 OnBurst = Callable[[list[Sample]], bool]

@@ -3,15 +3,10 @@
 from collections.abc import Callable
 from typing import Protocol
 
-from lwz_trainer.rollout.engine import EngineStats
+from lwz_trainer.rollout.engine import EngineStats, OnBurst, Progress
 from lwz_trainer.rollout.sequence import Request, Sample
 
-__all__ = ["OnBurst", "Progress", "SamplingEngine"]
-
-Progress = Callable[[int, int], None]
-"""Called with (samples done, tokens)."""
-OnBurst = Callable[[list[Sample]], bool]
-"""Called with the samples that have just ended; False ends the rollout."""
+__all__ = ["SamplingEngine"]
 
 
 class SamplingEngine(Protocol):
@@ -37,6 +32,7 @@ class SamplingEngine(Protocol):
         policy_version: int,
         on_progress: Progress | None = None,
         should_stop: Callable[[], bool] | None = None,
+        on_burst: OnBurst | None = None,
     ) -> tuple[list[Sample], EngineStats]:
         """All samples of all requests, in order of their sample numbers, from the present weights.
 
@@ -44,7 +40,9 @@ class SamplingEngine(Protocol):
             requests: the groups.
             seed, step: with the sample number what a sample's randomness is keyed by.
             policy_version: kept with every sample; a new one means that the weights have changed.
-            on_progress: called now and then.
+            on_progress: called now and then with (samples done, tokens).
             should_stop: asked now and then; True raises RolloutInterrupted.
+            on_burst: called with the samples that have ended since the last call; False ends the
+                rollout, and what is not finished is dropped.
         """
         ...

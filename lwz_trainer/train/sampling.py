@@ -10,7 +10,8 @@ from lwz_trainer.config.train import TrainConfig
 from lwz_trainer.parallel import Ranks
 from lwz_trainer.rewards.advantages import check_failures, group_advantages
 from lwz_trainer.rewards.score import RewardParts, RewardSample, stack_rewards
-from lwz_trainer.rollout import EngineStats, RolloutEngine, RolloutInterrupted, Sample
+from lwz_trainer.rollout import EngineStats, RolloutInterrupted, Sample
+from lwz_trainer.rollout.interface import SamplingEngine
 from lwz_trainer.rollout.shared_work import SharedWork
 from lwz_trainer.timeline import Timeline
 from lwz_trainer.train.groups import EndedGroup, GroupCollector, ScoredGroup
@@ -73,7 +74,7 @@ class StepSampler:
         self,
         config: TrainConfig,
         ranks: Ranks,
-        engine: RolloutEngine,
+        engine: SamplingEngine,
         prompts: PromptSet,
         scoring: Scoring,
         timeline: Timeline,

@@ -13,8 +13,7 @@ from typing import Any
 from lwz_trainer.config.sections import RolloutConfig
 from lwz_trainer.errors import TrainingStopped, UserError
 from lwz_trainer.model.decoder import Decoder
-from lwz_trainer.rollout.engine import EngineStats, RolloutInterrupted
-from lwz_trainer.rollout.interface import OnBurst, Progress
+from lwz_trainer.rollout.engine import EngineStats, OnBurst, Progress, RolloutInterrupted
 from lwz_trainer.rollout.sequence import Request, Sample
 from lwz_trainer.rollout.stopping import StopChecker
 from lwz_trainer.rollout.vllm.probe import NUM_PROBE_TOKENS, check_probe, probe_fields

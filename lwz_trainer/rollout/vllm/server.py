@@ -18,8 +18,7 @@ from lwz_trainer.errors import TrainingStopped, UserError
 from lwz_trainer.model.decoder import Decoder
 from lwz_trainer.model.export import write_weights
 from lwz_trainer.parallel import Ranks
-from lwz_trainer.rollout.engine import EngineStats, RolloutInterrupted
-from lwz_trainer.rollout.interface import OnBurst, Progress
+from lwz_trainer.rollout.engine import EngineStats, OnBurst, Progress, RolloutInterrupted
 from lwz_trainer.rollout.sequence import Request, Sample
 from lwz_trainer.rollout.stopping import StopChecker
 from lwz_trainer.rollout.vllm.probe import NUM_PROBE_TOKENS, check_probe, probe_fields
@@ -63,6 +62,7 @@ class VllmServerEngine:
             max_tokens=config.max_completion_tokens,
         )
         run = uuid.uuid4().hex
+        self._published = ""
         self._run = run if ranks is None else ranks.gather(run)[0]
         self.expected_completion_tokens = float(config.max_completion_tokens)
 
@@ -145,32 +145,39 @@ class VllmServerEngine:
         return BlockingEndpoint(self._config.server.endpoint(self._config.max_num_seqs))
 
     def _publish(self, endpoint: BlockingEndpoint, label: str, prompt_ids: list[int]) -> None:
-        """The server holds the weights of this label, and no page of older ones."""
+        """The server holds the weights of this label, and no page of older ones.
+
+        Ranks wait for each other once a label: within a step they may sample unequally often.
+        """
         is_main = self._ranks is None or self._ranks.is_main
         if is_main and self._label(endpoint) != label:
-            folder = Path(self._config.server.weights_dir) / label
-            try:
-                folder.mkdir()
-                write_weights(self._model, folder, names_tied_head=True)
-                reload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-                _ask(endpoint, lambda client: client.post("/collective_rpc", reload, read=_whole))
-            except OSError as error:
-                raise TrainingStopped(
-                    f"cannot write weights to rollout.server.weights_dir: {error}"
-                ) from error
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
-            if not _ask(endpoint, lambda c: c.post("/reset_prefix_cache", {}, read=_is_success)):
-                raise TrainingStopped(
-                    "the vLLM server did not drop the pages of the old weights: let nobody else "
-                    "use it while it serves a training run"
-                )
-            version = {"new_version": label}
-            _ask(endpoint, lambda c: c.post("/update_weight_version", version, read=_is_success))
+            self._push(endpoint, label)
             self._probe(endpoint, prompt_ids[:NUM_PROBE_TOKENS])
-        if self._ranks is not None:
+        if self._ranks is not None and self._published != label:
             self._ranks.barrier()
+        self._published = label
         self._require(endpoint, label)
+
+    def _push(self, endpoint: BlockingEndpoint, label: str) -> None:
+        folder = Path(self._config.server.weights_dir) / label
+        reload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        try:
+            folder.mkdir()
+            write_weights(self._model, folder, names_tied_head=True)
+            _ask(endpoint, lambda client: client.post("/collective_rpc", reload, read=_results))
+        except OSError as error:
+            raise TrainingStopped(
+                f"cannot write weights to rollout.server.weights_dir: {error}"
+            ) from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        if not _ask(endpoint, lambda c: c.post("/reset_prefix_cache", {}, read=_is_success)):
+            raise TrainingStopped(
+                "the vLLM server did not drop the pages of the old weights: let nobody else use "
+                "it while it serves a training run"
+            )
+        version = {"new_version": label}
+        _ask(endpoint, lambda c: c.post("/update_weight_version", version, read=_is_success))
 
     def _probe(self, endpoint: BlockingEndpoint, prompt_ids: list[int]) -> None:
         completion = _ask(
@@ -225,5 +232,5 @@ def _is_success(answer: Any) -> bool:
     return bool(answer["success"])
 
 
-def _whole(answer: Any) -> Any:
+def _results(answer: Any) -> Any:
     return answer["results"]
