@@ -30,7 +30,7 @@ class Gate:
 
     def check(self, workload: Workload, answer: Answer) -> tuple[float, str]:
         """Mean error of the first log-probs, and what is wrong; "" for nothing."""
-        lengths = {len(row) for row in (*answer.tokens, *answer.logprobs)}
+        lengths = set(map(len, answer.tokens)) | set(map(len, answer.logprobs))
         if len(answer.tokens) != workload.batch or lengths != {workload.num_tokens}:
             return float("nan"), f"{len(answer.tokens)} completions of {sorted(lengths)} tokens"
         if len({tuple(tokens) for tokens in answer.tokens}) < workload.batch:
