@@ -275,7 +275,8 @@ def test_requests_name_every_setting_of_the_sampler(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_training_with_a_server(tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.dist)])
+def test_training_with_a_server(tmp_path: Path, processes: int) -> None:
     """Two steps: the second rollout is sampled from the weights that the first update left."""
     fake = make_fake(tmp_path)
     (tmp_path / "weights").mkdir()
@@ -287,7 +288,11 @@ def test_training_with_a_server(tmp_path: Path) -> None:
         "rollout.server.weights_dir": tmp_path / "weights",
     }
     with fake.server:
-        result = run_cli(make_run_args(tmp_path, **settings), env={"NO_PROXY": "127.0.0.1"})
+        result = run_cli(
+            make_run_args(tmp_path, **settings),
+            processes=processes,
+            env={"NO_PROXY": "127.0.0.1"},
+        )
     assert result.returncode == 0, result.stderr
     records = read_metrics(tmp_path / "run")
     assert fake.events == ["reload", "reset", "label"] * 2
