@@ -11,6 +11,8 @@ USAGE = """usage: python -m lwz_trainer COMMAND …   (or torchrun -m lwz_traine
 
 commands:
   train [CONFIG.yaml] [--section.field=value …] [--dry-run]   train a model by GRPO
+  pretrain [CONFIG.yaml] [--data.sources NAME=FILE …]         train on texts, or on prompts and
+                                                              answers (fine-tuning); --dry-run
   eval BENCHMARK [CONFIG.yaml] [--field=value …]              writingbench, arena-write or
                                                               longbench-write: answer and judge
   prepare [CONFIG.yaml] --inputs FILE … [--field=value …]     chat logs to writing requests with
@@ -47,6 +49,10 @@ def _run(command: str, argv: list[str]) -> None:
         from lwz_trainer.train.command import train_command
 
         train_command(argv)
+    elif command == "pretrain":
+        from lwz_trainer.pretrain.command import pretrain_command
+
+        pretrain_command(argv)
     elif command == "eval":
         from lwz_trainer.evaluation.command import eval_command
 
@@ -61,7 +67,8 @@ def _run(command: str, argv: list[str]) -> None:
         view_command(argv)
     else:
         raise UserError(
-            f"unknown command '{command}': expected train, eval, prepare or view; see --help"
+            f"unknown command '{command}': expected train, pretrain, eval, prepare or view; "
+            "see --help"
         )
 
 

@@ -10,12 +10,13 @@ from lwz_trainer.errors import UserError
 __all__ = ["jsonl_rows"]
 
 
-def jsonl_rows(source: Traversable, name: str) -> Iterator[tuple[int, str, Any]]:
+def jsonl_rows(source: Traversable, name: str, *, start: int = 0) -> Iterator[tuple[int, str, Any]]:
     """Non-empty lines as (number from 1, "NAME line N", value), read one by one.
 
     Args:
         source: a `pathlib.Path` or a resource of a package.
         name: what errors call it.
+        start: so many lines are passed over unread.
 
     Raises:
         UserError: the file is not there, not UTF-8, or a line is not JSON.
@@ -24,7 +25,7 @@ def jsonl_rows(source: Traversable, name: str) -> Iterator[tuple[int, str, Any]]
         # Bytes, since lines end at "\n" alone: text has other ends that JSON strings may hold.
         with source.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                if line.strip():
+                if number > start and line.strip():
                     where = f"{name} line {number}"
                     yield number, where, _parsed(line, number, name, where)
     except OSError as error:

@@ -19,7 +19,6 @@ from lwz_trainer.errors import UserError
 __all__ = ["SourceRow", "find_files", "read_rows"]
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-_SUFFIXES = (".parquet", ".jsonl")
 # The parts of a Parquet file that are read; assistant turns cannot be told from user turns before.
 _COLUMNS = re.compile(
     r"prompt|language|toxic|redacted|length_range\..*|conversation\..*\.(?:role|content)"
@@ -47,27 +46,32 @@ class SourceRow:
     length_range: tuple[int, int] | None = None
 
 
-def find_files(name: str) -> list[Path]:
+def find_files(name: str, suffixes: tuple[str, ...] = (".parquet", ".jsonl")) -> list[Path]:
     """The files of an input, sorted: a file, a directory's, or those of a data set on the hub.
+
+    Args:
+        name: their path or hub id.
+        suffixes: of the files that count.
 
     Raises:
         UserError: there are none.
     """
     path = Path(name).expanduser()
+    wanted = " or ".join(suffixes)
     if path.is_file():
-        if path.suffix not in _SUFFIXES:
-            raise UserError(f"{name}: expected a .parquet or .jsonl file, got '{path.suffix}'")
+        if path.suffix not in suffixes:
+            raise UserError(f"{name}: expected a {wanted} file, got '{path.suffix}'")
         return [path]
     if not path.exists() and _HUB_ID.fullmatch(name):
-        path = _download(name)
+        path = _download(name, suffixes)
     if not path.is_dir():
         raise UserError(
-            f"no input at {name}: expected a .parquet or .jsonl file, a directory of them, or a "
-            "hub id such as org/name; check the path"
+            f"no input at {name}: expected a {wanted} file, a directory of them, or a hub id such "
+            "as org/name; check the path"
         )
-    files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES)
+    files = sorted(file for file in path.rglob("*") if file.suffix in suffixes)
     if not files:
-        raise UserError(f"{name} holds no .parquet and no .jsonl file; check the path")
+        raise UserError(f"{name} holds no {wanted} file; check the path")
     return files
 
 
@@ -85,11 +89,11 @@ def read_rows(file: Path) -> Iterator[SourceRow]:
         yield _row(record, where)
 
 
-def _download(repo_id: str) -> Path:
+def _download(repo_id: str, suffixes: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    patterns = [f"*{suffix}" for suffix in _SUFFIXES]
+    patterns = [f"*{suffix}" for suffix in suffixes]
     try:
         return Path(snapshot_download(repo_id, repo_type="dataset", allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, OSError) as error:

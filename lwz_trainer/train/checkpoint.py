@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -39,12 +39,41 @@ class Progress:
     """The engine's running estimate, which decides admission."""
 
 
-class CheckpointStore:
-    """Checkpoints of one run directory."""
+class _Resumable(Protocol):
+    """A dataclass of what JSON can hold, complete steps among it."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def step(self) -> int: ...
+
+
+P = TypeVar("P", bound=_Resumable)
+
+
+class CheckpointStore(Generic[P]):
+    """Checkpoints of one run directory.
+
+    Args:
+        run_dir: of the run.
+        ranks: that save and load together.
+        model: whose tensors are saved.
+        dtype: of its parameters.
+        keep: checkpoints kept.
+        progress: class of what is saved besides tensors.
+    """
 
     def __init__(
-        self, run_dir: Path, ranks: Ranks, model: ModelConfig, dtype: torch.dtype, *, keep: int
+        self,
+        run_dir: Path,
+        ranks: Ranks,
+        model: ModelConfig,
+        dtype: torch.dtype,
+        *,
+        keep: int,
+        progress: type[P],
     ) -> None:
+        self._progress = progress
         self._dir = run_dir / "checkpoints"
         self._ranks = ranks
         self._model = json.loads(json.dumps(dataclasses.asdict(model) | {"dtype": str(dtype)}))
@@ -63,7 +92,7 @@ class CheckpointStore:
             )
         return path
 
-    def save(self, tensors: dict[str, Any], progress: Progress) -> Path:
+    def save(self, tensors: dict[str, Any], progress: P) -> Path:
         """Writes a checkpoint, points `latest` to it, and removes the oldest ones."""
         name = f"step_{progress.step:06d}"
         final, partial = self._dir / name, self._dir / f".{name}.partial"
@@ -99,11 +128,11 @@ class CheckpointStore:
         self._ranks.barrier()
         return final
 
-    def read_progress(self, path: Path) -> Progress:
+    def read_progress(self, path: Path) -> P:
         """What is not a tensor; refuses a checkpoint of another model or number of ranks."""
         try:
             state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-            progress = Progress(**state["progress"])
+            progress = self._progress(**state["progress"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"checkpoint {path} is damaged ({error}): write an older one's name into "

@@ -25,8 +25,15 @@ from lwz_trainer.rollout.kv_cache import num_pages_for
 from lwz_trainer.train.metrics import peak_memory_gb
 from lwz_trainer.train.prompt_set import PromptSet
 
-__all__ = ["MemoryForecast", "forecast_memory", "num_parameters", "print_forecast"]
-
+__all__ = [
+    "PROBE_ROWS",
+    "MemoryForecast",
+    "forecast_memory",
+    "memory_table",
+    "num_parameters",
+    "print_forecast",
+    "seconds_of",
+]
 
 PROBE_ROWS = 512
 # Left free of a GPU: its context, libraries' workspaces, and gaps between tensors. Of a CPU's
@@ -295,7 +302,7 @@ def print_forecast(
     total = None if device_gb is None else int(device_gb * 1e9)
     if total is None and ranks.device.type == "cuda":
         total = torch.cuda.get_device_properties(ranks.device).total_memory
-    console.print(_memory_table(memory, total, world_size))
+    console.print(memory_table(memory, total, world_size))
     for misfit in memory.misfits(total) if total else []:
         console.print(f"DOES NOT FIT, {misfit}", markup=False)
     console.print(
@@ -306,7 +313,8 @@ def print_forecast(
     )
 
 
-def _memory_table(memory: MemoryForecast, device_bytes: int | None, world_size: int) -> Table:
+def memory_table(memory: MemoryForecast, device_bytes: int | None, world_size: int) -> Table:
+    """What each rank holds, and whether that fits `device_bytes`."""
     title = f"Forecast, {world_size} rank{'s' if world_size > 1 else ''}"
     table = Table("memory on each rank", "phase", "GB", title=title)
     for phase, owners in (
@@ -344,11 +352,11 @@ def _forecast_seconds(
     rows = max(1, min(config.rollout.max_num_seqs, int(per_rank)))
     weight = torch.randn(model.ff, model.hidden, dtype=dtype, device=device)
     keys = rows * tokens * model.layers * model.kv_heads * model.head_dim
-    decode_s = _seconds_of(weight, rows) * (count + keys) / weight.numel()
+    decode_s = seconds_of(weight, rows) * (count + keys) / weight.numel()
     waves = per_rank / rows
     rollout_s = waves * config.rollout.max_completion_tokens * decode_s
     products = count + tokens * model.layers * model.heads * model.head_dim
-    row_s = _seconds_of(weight, PROBE_ROWS) / PROBE_ROWS * products / weight.numel()
+    row_s = seconds_of(weight, PROBE_ROWS) / PROBE_ROWS * products / weight.numel()
     passes = 4 if config.model.checkpoint_layers else 3
     if config.update.num_epochs * config.update.num_minibatches > 1:
         passes += 1
@@ -357,7 +365,7 @@ def _forecast_seconds(
     return rollout_s, per_rank * tokens * passes * row_s * config.update.num_epochs
 
 
-def _seconds_of(weight: torch.Tensor, rows: int) -> float:
+def seconds_of(weight: torch.Tensor, rows: int) -> float:
     """Median seconds of [rows, D] @ weight.T over at least a tenth of a second."""
     x = torch.randn(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
     times: list[float] = []

@@ -1,8 +1,5 @@
 """The trainer: sample, score, compare within groups, update, record, save."""
 
-import faulthandler
-import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +19,7 @@ from lwz_trainer.model.loading import (
     load_pretrained,
 )
 from lwz_trainer.model.source import resolve_model_dir
-from lwz_trainer.out_of_memory import is_out_of_memory
-from lwz_trainer.parallel import Ranks, start_ranks, start_teams
+from lwz_trainer.parallel import Ranks, start_teams
 from lwz_trainer.rollout.making import make_engine
 from lwz_trainer.timeline import Timeline
 from lwz_trainer.train.checkpoint import CheckpointStore, Progress
@@ -42,6 +38,7 @@ from lwz_trainer.train.records import sample_records, write_records
 from lwz_trainer.train.reward_pool import make_scoring
 from lwz_trainer.train.sampling import StepHooks, StepSampler, StepSamples
 from lwz_trainer.train.signals import StopSignal
+from lwz_trainer.train.starting import started_ranks
 from lwz_trainer.train.weights import PolicyWeights
 from lwz_trainer.update.optimizer import learning_rate
 from lwz_trainer.update.policy_update import PolicyUpdate, UpdateMetrics
@@ -51,28 +48,8 @@ __all__ = ["Trainer", "run_train"]
 
 def run_train(config: TrainConfig) -> None:
     """The `train` command: from a configuration to a run directory."""
-    ranks = start_ranks(
-        device=config.device,
-        num_threads=config.num_threads,
-        timeout_s=config.parallel.timeout_s,
-    )
-    if hasattr(signal, "SIGUSR1") and sys.__stderr__ is not None:
-        # Where is it? Stacks of all threads, to the process's own stderr.
-        faulthandler.register(signal.SIGUSR1, file=sys.__stderr__)
-    stop = StopSignal()
-    stop.install()
-    try:
+    with started_ranks(config) as (ranks, stop):
         Trainer(config, ranks, stop).train()
-    except BaseException as error:
-        ranks.abandon(error)
-        if not is_out_of_memory(error):
-            raise
-        reason = str(error).strip().partition("\n")[0]
-        raise TrainingStopped(
-            f"out of memory where no smaller part can be tried ({reason}): lower "
-            "rollout.kv_cache_tokens or update.microbatch_tokens"
-        ) from error
-    ranks.close()
 
 
 class Trainer:
@@ -136,7 +113,12 @@ class Trainer:
             config, ranks, self._engine, self._prompts, self._scoring, self._timeline
         )
         self._checkpoints = CheckpointStore(
-            self._run_dir, ranks, self._model.config, dtype, keep=config.checkpoint.keep
+            self._run_dir,
+            ranks,
+            self._model.config,
+            dtype,
+            keep=config.checkpoint.keep,
+            progress=Progress,
         )
         self._step = 0
         self._policy_version = 0

@@ -1,27 +1,41 @@
 """Where numbers go: metrics.jsonl always, TensorBoard by default, wandb and trackio on request."""
 
-import dataclasses
 import importlib
 import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import yaml
 
 from lwz_kernels.dispatch import impl_choices
 from lwz_trainer.atomic_text import write_text_atomically
 from lwz_trainer.config.reading import dump_config
-from lwz_trainer.config.train import TrainConfig
+from lwz_trainer.config.sections import CheckpointConfig, LogConfig
 from lwz_trainer.errors import UserError
 
-__all__ = ["Recorder", "prepare_run_dir"]
+__all__ = ["Recorder", "RunSettings", "prepare_run_dir"]
 
 METRICS_FILE = "metrics.jsonl"
 IMPLEMENTATIONS_FILE = "implementations.json"
 """What each operator's `impl="auto"` meant in the run's latest process."""
 
 
-def prepare_run_dir(config: TrainConfig, *, checkpoint_bytes: int) -> None:
+class RunSettings(Protocol):
+    """What every run's configuration has."""
+
+    @property
+    def output_dir(self) -> str: ...
+
+    @property
+    def checkpoint(self) -> CheckpointConfig: ...
+
+    @property
+    def log(self) -> LogConfig: ...
+
+
+def prepare_run_dir(config: RunSettings, *, checkpoint_bytes: int) -> None:
     """Creates the run directory, after everything that speaks against it.
 
     Args:
@@ -59,7 +73,7 @@ def prepare_run_dir(config: TrainConfig, *, checkpoint_bytes: int) -> None:
 class Recorder:
     """Saves the config, appends one line a step, forwards it to the trackers that are on."""
 
-    def __init__(self, config: TrainConfig, run_dir: Path, *, num_steps_done: int) -> None:
+    def __init__(self, config: RunSettings, run_dir: Path, *, num_steps_done: int) -> None:
         write_text_atomically(run_dir / "config.yaml", dump_config(config))
         self._path = run_dir / METRICS_FILE
         self.history = _keep_first_steps(self._path, num_steps_done)
@@ -79,7 +93,7 @@ class Recorder:
             )
         settings = {
             "name": run_dir.name,
-            "config": json.loads(json.dumps(dataclasses.asdict(config))),
+            "config": yaml.safe_load(dump_config(config)),
         }
         if config.log.wandb:
             wandb = _import_extra("wandb")

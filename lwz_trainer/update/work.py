@@ -8,6 +8,9 @@ from torch import Tensor
 
 from lwz_kernels.attention import SegmentTable, attention
 from lwz_kernels.sequence_parallel import SequenceParallel
+from lwz_trainer.config.model import ModelSection
+from lwz_trainer.model.decoder import Decoder
+from lwz_trainer.model.offload import HostOffload
 from lwz_trainer.parallel import Teams
 from lwz_trainer.update.packing import MicroBatch, empty_microbatch
 from lwz_trainer.update.sharding import PlacedPack, document_lengths, shard_microbatch
@@ -53,6 +56,21 @@ class Work:
     def is_idle(self) -> bool:
         """Whether it only keeps step with the other ranks."""
         return not self.batch.samples
+
+    def hidden(
+        self, model: Decoder, section: ModelSection, offload: HostOffload | None = None
+    ) -> Tensor:
+        """Hidden states [R, D] of the positions that predict the rows."""
+        hidden_TD = model(
+            self.batch.input_ids_T.to(self.device),
+            self.batch.position_ids_T.to(self.device),
+            self.attend,
+            checkpoint_layers=section.checkpoint_layers,
+            offload=offload,
+            mlp_tile_tokens=section.mlp_tile_tokens,
+        )
+        self.check_calls(model.config.layers)
+        return hidden_TD[self.batch.row_index_R.to(self.device)]
 
     def check_calls(self, expected: int) -> None:
         """Raises if sharded attention did not run `expected` times since the last check."""

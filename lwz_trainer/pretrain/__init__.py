@@ -1,0 +1,1 @@
+"""`pretrain`: cross-entropy on a mixture of texts, and on replies to prompts."""

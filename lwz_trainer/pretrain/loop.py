@@ -1,0 +1,322 @@
+"""The pretraining run: read, update, measure, record, save."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lwz_trainer.config.pretrain import PretrainConfig, named_paths
+from lwz_trainer.errors import UserError
+from lwz_trainer.model.architecture import ModelConfig
+from lwz_trainer.model.export import save_pretrained
+from lwz_trainer.model.linear import resolve_dtype
+from lwz_trainer.model.loading import load_hf_config, load_pretrained
+from lwz_trainer.model.source import resolve_model_dir
+from lwz_trainer.parallel import Ranks, start_teams
+from lwz_trainer.prepare.sources import find_files
+from lwz_trainer.pretrain.console import held_out_line, learned_line, step_line
+from lwz_trainer.pretrain.rows import SUFFIXES, RowReader
+from lwz_trainer.pretrain.stream import MixedStream, SourceStream
+from lwz_trainer.pretrain.update import CrossEntropyUpdate, StepLoss
+from lwz_trainer.pretrain.windows import Window
+from lwz_trainer.train.checkpoint import CheckpointStore
+from lwz_trainer.train.console import RunConsole
+from lwz_trainer.train.metrics import peak_memory_gb
+from lwz_trainer.train.recorder import Recorder, prepare_run_dir
+from lwz_trainer.train.signals import StopSignal
+from lwz_trainer.train.starting import started_ranks
+from lwz_trainer.update.optimizer import FlatAdamW, learning_rate
+
+__all__ = ["Pretrainer", "run_pretrain"]
+
+
+def run_pretrain(config: PretrainConfig) -> None:
+    """The `pretrain` command: from a configuration to a run directory."""
+    if not config.data.sources:
+        raise UserError("data.sources is empty: name at least one text, as NAME=PATH")
+    with started_ranks(config) as (ranks, stop):
+        Pretrainer(config, ranks, stop).train()
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """What a run needs besides tensors to go on as if it had not stopped."""
+
+    step: int
+    """Complete steps."""
+    stream: dict[str, Any]
+    """Where the sources stand."""
+    data: str
+    """Digest of everything that the order of the data depends on."""
+
+
+class Pretrainer:
+    """Owns the model, its data and its optimizer."""
+
+    def __init__(self, config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> None:
+        self._config = config
+        self._ranks = ranks
+        self._stop = stop
+        self._console = RunConsole(is_main=ranks.is_main, progress=config.log.progress)
+        files = _files("data.sources", config.data.sources)
+        held_out_files = _files("data.held_out", config.data.held_out)
+        self._data_digest = _digest(config, files)
+        self._model_dir = resolve_model_dir(config.model.path)
+        sizes = ModelConfig.from_hf(load_hf_config(self._model_dir))
+        self._refuse_long_context(sizes.max_positions)
+        teams = start_teams(config.parallel, ranks, heads=sizes.heads, kv_heads=sizes.kv_heads)
+        dtype = resolve_dtype(config.model.dtype, ranks.device)
+        self._model, self._tokenizer = load_pretrained(
+            str(self._model_dir), dtype=dtype, device=ranks.device
+        )
+        reader = RowReader(config.data, self._tokenizer)
+        self._stream = _mixed_stream(config, files, reader)
+        self._held_out_names = list(held_out_files)
+        self._held_out = _held_out_windows(config, held_out_files, reader)
+        for source in self._stream.sources:
+            source.peek()  # bad rows at the beginning are found before anything is written
+        self._run_dir = Path(config.output_dir)
+        if ranks.is_main:
+            # fp32 masters and two moments of every parameter.
+            size = 12 * sum(p.numel() for p in self._model.parameters())
+            prepare_run_dir(config, checkpoint_bytes=size)
+        ranks.barrier()
+        shard_group = ranks.group if config.parallel.shard_optimizer else None
+        self._optimizer = FlatAdamW(self._model, config.optim, shard_group)
+        self._update = CrossEntropyUpdate(
+            self._model, self._optimizer, ranks, teams, config.update, config.model
+        )
+        self._checkpoints = CheckpointStore(
+            self._run_dir,
+            ranks,
+            self._model.config,
+            dtype,
+            keep=config.checkpoint.keep,
+            progress=_Progress,
+        )
+        self._step = 0
+        self._saved_step = -1
+
+    def train(self) -> None:
+        """All remaining steps; saves and leaves when asked to stop."""
+        self._resume()
+        # The measurement before the first step is the record of step 0.
+        num_records = self._step if self._step else -1
+        recorder = (
+            Recorder(self._config, self._run_dir, num_steps_done=num_records)
+            if self._ranks.is_main
+            else None
+        )
+        self._announce()
+        try:
+            if self._step == 0:
+                self._record({"step": 0} | self._measure(), recorder)
+            while self._step < self._config.num_steps and not self._must_stop():
+                self._record(self._train_step(), recorder)
+                self._save_if_due()
+        finally:
+            if recorder is not None:
+                recorder.close()
+        self._save()
+        if self._stop.is_set:
+            self._console.print(
+                f"stopped by {self._stop.name} after step {self._step}; the same command goes on"
+            )
+        elif recorder is not None:
+            if self._config.checkpoint.export and not (self._run_dir / "final").exists():
+                save_pretrained(
+                    self._model, self._tokenizer, self._model_dir, self._run_dir / "final"
+                )
+            self._console.print(learned_line(recorder.history, self._run_dir))
+
+    def _train_step(self) -> dict[str, Any]:
+        """One batch and its optimizer step; its metrics, on every rank."""
+        started = time.perf_counter()
+        self._ranks.enter(f"reading, step {self._step + 1}")
+        windows = self._stream.next_batch(
+            self._config.data.batch_size * self._config.data.context_tokens
+        )
+        updating = time.perf_counter()
+        self._ranks.enter(f"updating, step {self._step + 1}")
+        lr = learning_rate(self._config.optim, self._step, self._config.num_steps)
+        with self._console.bar(f"step {self._step + 1}", 1, "micro-batches") as bar:
+            loss = self._update.run(
+                windows, lr=lr, on_microbatch=lambda done, total: bar.update(done, total=total)
+            )
+        self._step += 1
+        ended = time.perf_counter()
+        metrics = self._metrics(windows, loss, lr)
+        metrics |= {
+            "time/data_s": updating - started,
+            "time/update_s": ended - updating,
+            "time/step_s": ended - started,
+            "update/tokens_per_s": metrics["tokens/step"] / (ended - updating),
+        }
+        every = self._config.data.held_out_every
+        if self._step == self._config.num_steps or (every and self._step % every == 0):
+            metrics |= self._measure()
+        return metrics
+
+    def _metrics(self, windows: list[Window], loss: StepLoss, lr: float) -> dict[str, Any]:
+        names = [source.name for source in self._stream.sources]
+        seen = [source.num_tokens for source in self._stream.sources]
+        by_source = loss.losses.by_source(names)
+        metrics: dict[str, Any] = {"step": self._step, "loss": loss.losses.mean}
+        if len(names) > 1:
+            metrics |= {f"loss/{name}": value for name, value in by_source.items()}
+            metrics |= {
+                f"data/{name}_tokens_frac": tokens / sum(seen)
+                for name, tokens in zip(names, seen, strict=True)
+            }
+        metrics |= {f"data/{source.name}_epochs": source.epoch for source in self._stream.sources}
+        return metrics | {
+            "grad_norm": loss.grad_norm,
+            "lr": lr,
+            "tokens/step": sum(window.num_tokens for window in windows),
+            "tokens/loss": sum(window.num_loss_tokens for window in windows),
+            "tokens/seen": sum(seen),
+            "data/windows": len(windows),
+            "memory/peak_gb": self._ranks.max([peak_memory_gb(self._ranks.device)])[0],
+        }
+
+    def _measure(self) -> dict[str, float]:
+        """Loss and perplexity of the held-out texts; nothing where there are none."""
+        if not self._held_out:
+            return {}
+        self._ranks.enter(f"measuring after step {self._step}")
+        losses = self._update.measure(self._held_out)
+        metrics = {}
+        for name, loss in losses.by_source(self._held_out_names).items():
+            metrics[f"held_out/{name}_loss"] = loss
+            metrics[f"held_out/{name}_perplexity"] = math.exp(min(loss, 700.0))
+        return metrics
+
+    def _record(self, metrics: dict[str, Any], recorder: Recorder | None) -> None:
+        if recorder is None or len(metrics) == 1:  # a measurement of nothing
+            return
+        recorder.write(metrics)
+        if "loss" in metrics:
+            self._console.print(step_line(metrics, self._config.num_steps))
+        if any(name.startswith("held_out/") for name in metrics):
+            self._console.print(held_out_line(metrics))
+
+    def _resume(self) -> None:
+        """Takes over the latest checkpoint, if there is one."""
+        latest = self._checkpoints.latest() if self._config.checkpoint.resume else None
+        if latest is None:
+            return
+        progress = self._checkpoints.read_progress(latest)
+        if progress.step > self._config.num_steps:
+            raise UserError(
+                f"checkpoint {latest} has {progress.step} steps, num_steps is "
+                f"{self._config.num_steps}: raise num_steps or pass another output_dir"
+            )
+        if progress.data != self._data_digest:
+            raise UserError(
+                f"checkpoint {latest} was written with other data (files, their sizes, data "
+                "settings or seed): use the same, or pass another output_dir"
+            )
+        self._checkpoints.load_tensors(latest, self._optimizer.state_dict())
+        self._optimizer.complete_weights()
+        self._stream.restore(progress.stream)
+        self._step = self._saved_step = progress.step
+        self._console.print(f"resumed from {latest}")
+
+    def _save_if_due(self) -> None:
+        every = self._config.checkpoint.every
+        if every and self._step % every == 0:
+            self._save()
+
+    def _save(self) -> None:
+        """A checkpoint of the last complete step, unless it exists."""
+        if self._step in (0, self._saved_step):
+            return
+        self._ranks.enter(f"saving step {self._step}")
+        self._checkpoints.save(
+            self._optimizer.state_dict(),
+            _Progress(self._step, self._stream.state(), self._data_digest),
+        )
+        self._saved_step = self._step
+
+    def _announce(self) -> None:
+        config, data = self._config, self._config.data
+        self._console.print(
+            f"{config.model.path}: {sum(p.numel() for p in self._model.parameters()) / 1e6:.0f}M "
+            f"parameters, {str(self._model.embed.dtype).removeprefix('torch.')}, "
+            f"{self._ranks.world_size} x {self._ranks.device.type}; "
+            f"{', '.join(source.name for source in self._stream.sources)}; at most "
+            f"{data.batch_size * data.context_tokens:,} tokens a step, writing to {self._run_dir}"
+        )
+
+    def _must_stop(self) -> bool:
+        """True on every rank as soon as one was told to stop."""
+        return bool(self._ranks.max([float(self._stop.is_set)])[0])
+
+    def _refuse_long_context(self, max_positions: int) -> None:
+        context = self._config.data.context_tokens
+        if context > max_positions:
+            raise UserError(
+                f"data.context_tokens is {context}, the model's context is {max_positions}: lower "
+                "that"
+            )
+
+
+def _files(setting: str, entries: tuple[str, ...]) -> dict[str, list[Path]]:
+    return {
+        name: find_files(path, SUFFIXES) for name, path in named_paths(setting, entries).items()
+    }
+
+
+def _mixed_stream(
+    config: PretrainConfig, files: dict[str, list[Path]], reader: RowReader
+) -> MixedStream:
+    data = config.data
+    sources = [
+        SourceStream(
+            index,
+            name,
+            paths,
+            reader.read,
+            shuffle_windows=data.shuffle_windows,
+            seed=config.seed,
+        )
+        for index, (name, paths) in enumerate(files.items())
+    ]
+    return MixedStream(sources, list(data.weights) or [1.0] * len(sources))
+
+
+def _held_out_windows(
+    config: PretrainConfig, files: dict[str, list[Path]], reader: RowReader
+) -> list[Window]:
+    """The first windows of each held-out text, up to the limit of tokens."""
+    windows: list[Window] = []
+    for index, (name, paths) in enumerate(files.items()):
+        left = config.data.held_out_tokens
+        found = (w for path in paths for _, row in reader.read(index, path, 0) for w in row)
+        for window in found:
+            if window.num_tokens > left:
+                break
+            left -= window.num_tokens
+            windows.append(window)
+        if left == config.data.held_out_tokens:
+            raise UserError(
+                f"data.held_out '{name}' gives no window of at most {left} tokens: check its "
+                "files, or raise data.held_out_tokens"
+            )
+    return windows
+
+
+def _digest(config: PretrainConfig, files: dict[str, list[Path]]) -> str:
+    """Of everything that the order of the data depends on; held-out texts do not count."""
+    settings = dataclasses.asdict(config.data)
+    for name in ("sources", "held_out", "held_out_every", "held_out_tokens"):
+        del settings[name]
+    sizes = {
+        name: [(path.name, path.stat().st_size) for path in paths] for name, paths in files.items()
+    }
+    text = json.dumps([config.seed, settings, sizes])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
