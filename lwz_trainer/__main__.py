@@ -13,6 +13,8 @@ commands:
   train [CONFIG.yaml] [--section.field=value …] [--dry-run]   train a model by GRPO
   pretrain [CONFIG.yaml] [--data.sources NAME=FILE …]         train on texts, or on prompts and
                                                               answers (fine-tuning); --dry-run
+  generate --model DIR --prompt TEXT [--field=value …]        write one piece on the terminal, or a
+                                                              file of them (--prompts, --output)
   eval BENCHMARK [CONFIG.yaml] [--field=value …]              writingbench, arena-write or
                                                               longbench-write: answer and judge
   prepare [CONFIG.yaml] --inputs FILE … [--field=value …]     chat logs to writing requests with
@@ -53,6 +55,10 @@ def _run(command: str, argv: list[str]) -> None:
         from lwz_trainer.pretrain.command import pretrain_command
 
         pretrain_command(argv)
+    elif command == "generate":
+        from lwz_trainer.generate.command import generate_command
+
+        generate_command(argv)
     elif command == "eval":
         from lwz_trainer.evaluation.command import eval_command
 
@@ -67,8 +73,8 @@ def _run(command: str, argv: list[str]) -> None:
         view_command(argv)
     else:
         raise UserError(
-            f"unknown command '{command}': expected train, pretrain, eval, prepare or view; "
-            "see --help"
+            f"unknown command '{command}': expected train, pretrain, generate, eval, prepare or "
+            "view; see --help"
         )
 
 

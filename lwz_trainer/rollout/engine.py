@@ -36,6 +36,7 @@ __all__ = ["EngineStats", "OnBurst", "Progress", "RolloutEngine", "RolloutInterr
 
 Progress = Callable[[int, int], None]
 OnBurst = Callable[[list[Sample]], bool]
+OnTokens = Callable[[list[Sequence]], None]
 Result = TypeVar("Result")
 
 # On a CPU the host is the device, and a token past a stop string costs a whole decode row.
@@ -139,6 +140,7 @@ class RolloutEngine:
         on_progress: Progress | None = None,
         should_stop: Callable[[], bool] | None = None,
         on_burst: OnBurst | None = None,
+        on_tokens: OnTokens | None = None,
     ) -> tuple[list[Sample], EngineStats]:
         """All samples of all requests, or those claimed here, in order of their sample numbers.
 
@@ -151,6 +153,7 @@ class RolloutEngine:
             on_burst: called after every burst, outside inference mode, with the samples that ended
                 in it. It may compute with the weights, but not change them. False ends the rollout:
                 what is not finished is dropped.
+            on_tokens: called after every burst with the sequences that are not finished.
         """
         started = time.perf_counter()
         phase = self._begin(requests)
@@ -163,6 +166,8 @@ class RolloutEngine:
             samples += finished
             if on_progress is not None:
                 on_progress(len(samples), phase.num_tokens)
+            if on_tokens is not None:
+                on_tokens(scheduler.running)
             if on_burst is not None and not on_burst(finished):
                 scheduler.abandon()
         allocator = scheduler.allocator

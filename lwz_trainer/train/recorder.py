@@ -15,15 +15,15 @@ from lwz_trainer.config.reading import dump_config
 from lwz_trainer.config.sections import CheckpointConfig, LogConfig
 from lwz_trainer.errors import UserError
 
-__all__ = ["Recorder", "RunSettings", "prepare_run_dir"]
+__all__ = ["Recorder", "RunConfig", "prepare_run_dir"]
 
 METRICS_FILE = "metrics.jsonl"
 IMPLEMENTATIONS_FILE = "implementations.json"
 """What each operator's `impl="auto"` meant in the run's latest process."""
 
 
-class RunSettings(Protocol):
-    """What every run's configuration has."""
+class RunConfig(Protocol):
+    """What the configurations of all commands that train have in common."""
 
     @property
     def output_dir(self) -> str: ...
@@ -35,7 +35,7 @@ class RunSettings(Protocol):
     def log(self) -> LogConfig: ...
 
 
-def prepare_run_dir(config: RunSettings, *, checkpoint_bytes: int) -> None:
+def prepare_run_dir(config: RunConfig, *, checkpoint_bytes: int) -> None:
     """Creates the run directory, after everything that speaks against it.
 
     Args:
@@ -73,7 +73,7 @@ def prepare_run_dir(config: RunSettings, *, checkpoint_bytes: int) -> None:
 class Recorder:
     """Saves the config, appends one line a step, forwards it to the trackers that are on."""
 
-    def __init__(self, config: RunSettings, run_dir: Path, *, num_steps_done: int) -> None:
+    def __init__(self, config: RunConfig, run_dir: Path, *, num_steps_done: int) -> None:
         write_text_atomically(run_dir / "config.yaml", dump_config(config))
         self._path = run_dir / METRICS_FILE
         self.history = _keep_first_steps(self._path, num_steps_done)

@@ -1,0 +1,95 @@
+"""What of a growing completion is thinking and what is the answer, as it is written."""
+
+from collections.abc import Iterator
+from typing import Literal, Protocol, TypeAlias
+
+__all__ = ["Part", "PartStream", "TextStream"]
+
+Part: TypeAlias = Literal["thinking", "answer"]
+
+_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+class TokenDecoder(Protocol):
+    """The part of a tokenizer that is needed here."""
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...
+
+
+class TextStream:
+    """Tokens to text piece by piece; a character waits until all of its bytes are there."""
+
+    def __init__(self, tokenizer: TokenDecoder) -> None:
+        self._tokenizer = tokenizer
+        # Decoded together with what follows: some tokenizers treat the first token as a beginning.
+        self._start = 0
+        self._end = 0
+
+    def new_text(self, tokens: list[int]) -> str:
+        """Text that was added since the last call, of a list that has only grown."""
+        known = self._decode(tokens[self._start : self._end])
+        text = self._decode(tokens[self._start :])
+        if text.endswith("\ufffd") or len(text) <= len(known):
+            return ""
+        self._start, self._end = self._end, len(tokens)
+        return text[len(known) :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=False)
+
+
+class PartStream:
+    """Splits text at the tags, which may be cut anywhere between two pieces.
+
+    Text outside the tags counts as answer, as in a reply without tags; nothing follows `</answer>`.
+
+    Args:
+        opened: the tag that the template left open, or "".
+        stop: strings that end a completion and are no part of it.
+    """
+
+    def __init__(self, opened: str, stop: tuple[str, ...]) -> None:
+        self._part: Part | None = "thinking" if opened == "<think>" else "answer"
+        self._stop = stop
+        self._held = ""
+
+    def feed(self, text: str) -> Iterator[tuple[Part, str]]:
+        """(part, text) of all that can be told; what may be the beginning of a tag waits."""
+        self._held += text
+        while (found := self._first_mark()) is not None:
+            place, mark = found
+            yield from self._pieces(self._held[:place])
+            self._held = self._held[place + len(mark) :]
+            if mark == "<think>":
+                self._part = "thinking"
+            elif mark in ("</think>", "<answer>"):
+                self._part = "answer"
+            else:
+                self._part = None
+        kept = self._num_held_back()
+        ready = self._held[: len(self._held) - kept]
+        self._held = self._held[len(ready) :]
+        yield from self._pieces(ready)
+
+    def finish(self) -> Iterator[tuple[Part, str]]:
+        """What still waited: it was no tag."""
+        yield from self._pieces(self._held)
+        self._held = ""
+
+    def _pieces(self, text: str) -> Iterator[tuple[Part, str]]:
+        if text and self._part is not None:
+            yield self._part, text
+
+    def _first_mark(self) -> tuple[int, str] | None:
+        marks = {*_TAGS, *self._stop}
+        found = [(self._held.find(mark), mark) for mark in marks if mark in self._held]
+        return min(found) if found else None
+
+    def _num_held_back(self) -> int:
+        """Characters at the end that may be the beginning of a tag or stop string."""
+        marks = {*_TAGS, *self._stop}
+        longest = min(len(self._held), max(map(len, marks)) - 1)
+        for size in range(longest, 0, -1):
+            if any(mark.startswith(self._held[-size:]) for mark in marks):
+                return size
+        return 0
