@@ -1,7 +1,9 @@
 """What of a growing completion is thinking and what is the answer, as it is written."""
 
 from collections.abc import Iterator
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, TypeAlias
+
+from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Part", "PartStream", "TextStream"]
 
@@ -10,16 +12,10 @@ Part: TypeAlias = Literal["thinking", "answer"]
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
-class TokenDecoder(Protocol):
-    """The part of a tokenizer that is needed here."""
-
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...
-
-
 class TextStream:
     """Tokens to text piece by piece; a character waits until all of its bytes are there."""
 
-    def __init__(self, tokenizer: TokenDecoder) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         # Decoded together with what follows: some tokenizers treat the first token as a beginning.
         self._start = 0
@@ -35,7 +31,9 @@ class TextStream:
         return text[len(known) :]
 
     def _decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=False)
+        text = self._tokenizer.decode(tokens, skip_special_tokens=False)
+        assert isinstance(text, str), "one list of tokens gives one text"
+        return text
 
 
 class PartStream:

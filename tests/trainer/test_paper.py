@@ -1,0 +1,136 @@
+"""The configurations of the paper load, and docs/paper.md names settings that exist."""
+
+import dataclasses
+import importlib
+import re
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+import yaml
+
+from lwz_trainer.config.evaluation import EvalConfig
+from lwz_trainer.config.generate import GenerateCommandConfig
+from lwz_trainer.config.prepare import PrepareConfig
+from lwz_trainer.config.pretrain import PretrainConfig
+from lwz_trainer.config.reading import dump_config, load_config, parse_command_line
+from lwz_trainer.config.train import TrainConfig
+from tests.trainer.test_config import all_fields
+from tests.trainer.train_case import ROOT
+
+COMMANDS: dict[str, Any] = {
+    "train": TrainConfig,
+    "pretrain": PretrainConfig,
+    "generate": GenerateCommandConfig,
+    "eval": EvalConfig,
+    "prepare": PrepareConfig,
+}
+CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
+PAGE = (ROOT / "docs" / "paper.md").read_text()
+
+
+def config_class(path: Path) -> Any:
+    """That of `pretrain` where texts are named, else that of `train`."""
+    return PretrainConfig if "sources" in yaml.safe_load(path.read_text())["data"] else TrainConfig
+
+
+def paper_rows() -> list[tuple[str, str, list[str]]]:
+    """(sentence, command, settings) of every row."""
+    rows = []
+    for line in PAGE.splitlines():
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        if len(cells) == 5 and cells[1] in ("P", "D1", "D2", "U"):
+            rows.append((cells[0], cells[2], re.findall(r"`([^`]+)`", cells[3])))
+    return rows
+
+
+def find_setting(config: Any, name: str) -> None:
+    """Fails where a dotted name is no field."""
+    for part in name.split("."):
+        hints = get_type_hints(config)
+        assert part in {field.name for field in dataclasses.fields(config)}, name
+        config = hints[part]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_load_config_reads_every_config_in_a_folder(path: Path, tmp_path: Path) -> None:
+    config = load_config(config_class(path), path)
+    assert Path(config.output_dir).name == f"{path.parent.name}_{path.stem}"
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(dump_config(config))
+    assert load_config(type(config), saved) == config
+
+
+def test_the_paper_has_its_settings() -> None:
+    folder = ROOT / "configs" / "paper"
+    nothink, think, pretrained = (
+        load_config(TrainConfig, folder / f"{name}.yaml")
+        for name in ("base_nothink", "base_think", "pretrain_think")
+    )
+    pretrain = load_config(PretrainConfig, folder / "pretrain.yaml")
+    assert (nothink.data.template, think.data.template) == ("direct", "think")
+    assert pretrained.model.path == f"{pretrain.output_dir}/final"
+    for config in (nothink, think, pretrained):
+        assert config.data.prompts_per_step * config.rollout.group_size == 32
+        assert (config.rollout.temperature, config.rollout.top_p) == (0.8, 1.0)
+        assert config.rollout.max_completion_tokens == 14_000
+        assert (config.loss.clip_ratio_low, config.loss.kl_coef) == (0.2, 0.0)
+        assert config.rewards.weights == {"length": 1.0, "format": 1.0, "writing": 1.0}
+        assert (config.num_steps, config.rewards.normalization) == (150, "zscore")
+    tokens = pretrain.num_steps * pretrain.data.batch_size * pretrain.data.context_tokens
+    assert tokens == pytest.approx(30e9, rel=1e-3)
+    shares = dict(zip(pretrain.data.sources, pretrain.data.weights, strict=True))
+    assert shares["distilled=distilled.jsonl"] / sum(shares.values()) == 0.01
+    defaults = GenerateCommandConfig()
+    assert (defaults.temperature, defaults.top_p, defaults.max_tokens) == (0.6, 0.95, None)
+    assert defaults.stop == ("<|user|>", "<|endoftext|>", "</answer>")
+
+
+@pytest.mark.parametrize(("sentence", "command", "settings"), paper_rows())
+def test_the_page_names_settings_that_exist(
+    sentence: str, command: str, settings: list[str]
+) -> None:
+    if command == "reward-model":
+        module = pytest.importorskip("lwz_trainer.config.reward_model")
+        config = module.RewardModelConfig
+    else:
+        config = COMMANDS[command]
+    for name in settings:
+        find_setting(config, name)
+
+
+def test_the_page_covers_the_method_and_names_every_file() -> None:
+    assert len(paper_rows()) > 50
+    for path in CONFIGS:
+        assert path.stem in PAGE, path
+
+
+@pytest.mark.parametrize(
+    ("config", "package"), [(PretrainConfig, "pretrain"), (GenerateCommandConfig, "generate")]
+)
+def test_every_field_of_a_command_is_read_and_documented(
+    config: Any, package: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = (
+        "pretrain",
+        "generate",
+        "train",
+        "update",
+        "model",
+        "parallel.py",
+        "config/parallel.py",
+    )
+    files = [
+        file
+        for name in folders
+        for path in [ROOT / "lwz_trainer" / name]
+        for file in ([path] if path.is_file() else path.glob("*.py"))
+    ]
+    text = "\n".join(file.read_text() for file in files)
+    assert importlib.import_module(f"lwz_trainer.{package}.command")
+    with pytest.raises(SystemExit):
+        parse_command_line(config, ["--help"], prog=package)
+    help_text = capsys.readouterr().out.replace("_", "-")
+    for name, _ in all_fields(config):
+        assert f".{name.split('.')[-1]}" in text, name
+        assert f"--{name}".replace("_", "-") in help_text, name
