@@ -3,8 +3,8 @@
     python -m bench.reproduce_small --longbench longbench_write_en.jsonl
 
 Each stage is a command of `lwz_trainer`, printed as it is run; a stage whose result is there is
-passed over, and one that was killed goes on. `--quick` takes two steps a stage and four requests: it
-shows that everything runs, and nothing else. The reward model learns to tell real speeches from
+passed over, and one that was killed goes on. `--quick` takes two steps a stage and four requests:
+it shows that everything runs, and nothing else. The reward model learns to tell real speeches from
 degraded copies of them (shuffled, repeated, cut off), so its score says no more than that.
 """
 
@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from bench.reproduce_small.requests import write_scaled_requests
@@ -99,14 +100,14 @@ def _stages(out: Path, longbench: Path, model: str, sizes: Sizes) -> list[Stage]
         Stage("sft", out / "sft" / "final", lambda: _sft(out, pretrained, sizes)),
         Stage("reward model", reward, lambda: _reward_model(out, model)),
         *(
-            Stage(name, systems[name][0], lambda name=name: _rl(out, name, systems[name][1], sizes))
+            Stage(name, systems[name][0], partial(_rl, out, name, systems[name][1], sizes))
             for name in ("rl_think", "rl_direct")
         ),
         *(
             Stage(
                 f"evaluate {name}",
                 out / f"evaluate_{name}" / "report.md",
-                lambda name=name: _evaluate(out, name, *systems[name], sizes),
+                partial(_evaluate, out, name, *systems[name], sizes),
             )
             for name in systems
         ),

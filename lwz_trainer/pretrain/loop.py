@@ -20,7 +20,7 @@ from lwz_trainer.parallel import Ranks, start_teams
 from lwz_trainer.prepare.sources import find_files
 from lwz_trainer.pretrain.console import held_out_line, learned_line, step_line
 from lwz_trainer.pretrain.rows import SUFFIXES, RowReader
-from lwz_trainer.pretrain.stream import MixedStream, SourceStream
+from lwz_trainer.pretrain.stream import Batch, BatchReader, MixedStream, SourceStream
 from lwz_trainer.pretrain.update import CrossEntropyUpdate, StepLoss
 from lwz_trainer.pretrain.windows import Window
 from lwz_trainer.train.checkpoint import CheckpointStore
@@ -98,6 +98,10 @@ class Pretrainer:
             keep=config.checkpoint.keep,
             progress=_Progress,
         )
+        self._reader = BatchReader(
+            self._stream, config.data.batch_size * config.data.context_tokens
+        )
+        self._stream_state: dict[str, Any] = {}
         self._step = 0
         self._saved_step = -1
 
@@ -119,6 +123,7 @@ class Pretrainer:
                 self._record(self._train_step(), recorder)
                 self._save_if_due()
         finally:
+            self._reader.close()
             if recorder is not None:
                 recorder.close()
         self._save()
@@ -137,19 +142,20 @@ class Pretrainer:
         """One batch and its optimizer step; its metrics, on every rank."""
         started = time.perf_counter()
         self._ranks.enter(f"reading, step {self._step + 1}")
-        windows = self._stream.next_batch(
-            self._config.data.batch_size * self._config.data.context_tokens
-        )
+        batch = self._reader.next()
         updating = time.perf_counter()
         self._ranks.enter(f"updating, step {self._step + 1}")
         lr = learning_rate(self._config.optim, self._step, self._config.num_steps)
         with self._console.bar(f"step {self._step + 1}", 1, "micro-batches") as bar:
             loss = self._update.run(
-                windows, lr=lr, on_microbatch=lambda done, total: bar.update(done, total=total)
+                batch.windows,
+                lr=lr,
+                on_microbatch=lambda done, total: bar.update(done, total=total),
             )
         self._step += 1
+        self._stream_state = batch.state
         ended = time.perf_counter()
-        metrics = self._metrics(windows, loss, lr)
+        metrics = self._metrics(batch, loss, lr)
         metrics |= {
             "time/data_s": updating - started,
             "time/update_s": ended - updating,
@@ -161,25 +167,23 @@ class Pretrainer:
             metrics |= self._measure()
         return metrics
 
-    def _metrics(self, windows: list[Window], loss: StepLoss, lr: float) -> dict[str, Any]:
-        names = [source.name for source in self._stream.sources]
-        seen = [source.num_tokens for source in self._stream.sources]
-        by_source = loss.losses.by_source(names)
+    def _metrics(self, batch: Batch, loss: StepLoss, lr: float) -> dict[str, Any]:
+        seen = sum(batch.tokens.values())
         metrics: dict[str, Any] = {"step": self._step, "loss": loss.losses.mean}
-        if len(names) > 1:
+        if len(batch.tokens) > 1:
+            by_source = loss.losses.by_source(list(batch.tokens))
             metrics |= {f"loss/{name}": value for name, value in by_source.items()}
             metrics |= {
-                f"data/{name}_tokens_frac": tokens / sum(seen)
-                for name, tokens in zip(names, seen, strict=True)
+                f"data/{name}_tokens_frac": tokens / seen for name, tokens in batch.tokens.items()
             }
-        metrics |= {f"data/{source.name}_epochs": source.epoch for source in self._stream.sources}
+        metrics |= {f"data/{name}_epochs": epochs for name, epochs in batch.epochs.items()}
         return metrics | {
             "grad_norm": loss.grad_norm,
             "lr": lr,
-            "tokens/step": sum(window.num_tokens for window in windows),
-            "tokens/loss": sum(window.num_loss_tokens for window in windows),
-            "tokens/seen": sum(seen),
-            "data/windows": len(windows),
+            "tokens/step": sum(window.num_tokens for window in batch.windows),
+            "tokens/loss": sum(window.num_loss_tokens for window in batch.windows),
+            "tokens/seen": seen,
+            "data/windows": len(batch.windows),
             "memory/peak_gb": self._ranks.max([peak_memory_gb(self._ranks.device)])[0],
         }
 
@@ -238,7 +242,7 @@ class Pretrainer:
         self._ranks.enter(f"saving step {self._step}")
         self._checkpoints.save(
             self._optimizer.state_dict(),
-            _Progress(self._step, self._stream.state(), self._data_digest),
+            _Progress(self._step, self._stream_state, self._data_digest),
         )
         self._saved_step = self._step
 

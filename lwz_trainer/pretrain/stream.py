@@ -8,6 +8,8 @@ share of tokens: no randomness, and shares are exact to one window.
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,7 +18,7 @@ import numpy as np
 from lwz_trainer.errors import UserError
 from lwz_trainer.pretrain.windows import Window
 
-__all__ = ["MixedStream", "ReadRows", "SourceStream"]
+__all__ = ["Batch", "BatchReader", "MixedStream", "ReadRows", "SourceStream"]
 
 ReadRows: TypeAlias = Callable[[int, Path, int], Iterator[tuple[int, list[Window]]]]
 """(source, file, rows to pass over) -> (rows passed, windows of the row), row by row."""
@@ -150,3 +152,56 @@ class MixedStream:
         """Goes on where `state` was taken."""
         for source in self.sources:
             source.restore(state[source.name])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows of one step, and how far the stream has come with them."""
+
+    windows: list[Window]
+    state: dict[str, Any]
+    """For `MixedStream.restore`: the next batch is the one after this."""
+    tokens: dict[str, int]
+    """Tokens of each source so far."""
+    epochs: dict[str, int]
+    """Complete passes over each source."""
+
+
+class BatchReader:
+    """Reads the next batch in a thread while the current one is learned.
+
+    Args:
+        stream: nobody else uses it from the first `next` on.
+        max_tokens: of a batch.
+    """
+
+    def __init__(self, stream: MixedStream, max_tokens: int) -> None:
+        self._stream = stream
+        self._max_tokens = max_tokens
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
+        self._coming: Future[Batch] | None = None
+
+    def next(self) -> Batch:
+        """The next batch; waits for it where it is not there yet.
+
+        Raises:
+            UserError: a bad row, where its batch comes up.
+        """
+        batch = self._thread.submit(self._read) if self._coming is None else self._coming
+        found = batch.result()
+        self._coming = self._thread.submit(self._read)
+        return found
+
+    def close(self) -> None:
+        """Gives up what was read ahead."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _read(self) -> Batch:
+        windows = self._stream.next_batch(self._max_tokens)
+        sources = self._stream.sources
+        return Batch(
+            windows,
+            self._stream.state(),
+            {source.name: source.num_tokens for source in sources},
+            {source.name: source.epoch for source in sources},
+        )

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from lwz_trainer.config.pretrain import TextDataConfig
 from lwz_trainer.errors import UserError
 from lwz_trainer.pretrain.rows import RowReader
-from lwz_trainer.pretrain.stream import MixedStream, SourceStream
+from lwz_trainer.pretrain.stream import BatchReader, MixedStream, SourceStream
 from lwz_trainer.pretrain.windows import Window, cut_document, deal_windows
 from tests.trainer.pretrain_case import ANSWER_ONLY
 from tests.trainer.tiny import make_tiny_tokenizer
@@ -282,3 +282,31 @@ def test_mixture_goes_on_where_its_state_was_taken() -> None:
     other.restore(json.loads(json.dumps(stream.state())))
     for _ in range(9):
         assert [w.where for w in other.next_batch(20)] == [w.where for w in stream.next_batch(20)]
+
+
+def test_batch_reader_says_where_each_batch_ended_though_it_reads_ahead() -> None:
+    def make() -> MixedStream:
+        return MixedStream([make_source([9], index=0), make_source([30], index=1)], [1.0, 2.0])
+
+    plain, reader = make(), BatchReader(make(), 20)
+    for _ in range(9):
+        expected, batch = plain.next_batch(20), reader.next()
+        assert [w.where for w in batch.windows] == [w.where for w in expected]
+        assert batch.state == plain.state()
+        assert batch.tokens == {source.name: source.num_tokens for source in plain.sources}
+    reader.close()
+
+
+def test_batch_reader_raises_where_the_bad_batch_comes_up() -> None:
+    def read(source: int, file: Path, start: int) -> Iterator[tuple[int, list[Window]]]:
+        for row in range(start, 6):
+            if row == 4:
+                raise UserError("row 5 is bad")
+            yield row + 1, [Window(source, "", np.zeros(11, np.int32), 1)]
+
+    source = SourceStream(0, "a", [Path("0")], read, shuffle_windows=1, seed=0)
+    reader = BatchReader(MixedStream([source], [1.0]), 20)
+    assert len(reader.next().windows) == 2
+    with pytest.raises(UserError, match="row 5 is bad"):
+        reader.next()
+    reader.close()
