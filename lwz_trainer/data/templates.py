@@ -20,7 +20,14 @@ from lwz_trainer.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["BUILT_IN_TEMPLATES", "STOP_STRINGS", "Template", "load_template", "render_chat"]
+__all__ = [
+    "BUILT_IN_TEMPLATES",
+    "STOP_STRINGS",
+    "Renderer",
+    "Template",
+    "load_template",
+    "render_chat",
+]
 
 BUILT_IN_TEMPLATES = ("think", "direct", "think_example")
 
@@ -56,6 +63,40 @@ class Template:
         text = self.text_zh if prompt.language == "zh" else self.text_en
         values = {"{question}": prompt.prompt, "{length}": _length_sentence(prompt)}
         return _PLACEHOLDER.sub(lambda match: values[match.group()], text)
+
+
+class Renderer:
+    """Requests as the text, and the tokens, that a model continues.
+
+    Args:
+        template: as in `load_template`, or "chat" for the model's own chat template.
+        chat_opened: tag that starts the reply to a chat template, or "".
+        chat_system: system message of a chat template; empty for none.
+
+    Raises:
+        UserError: from `load_template`.
+    """
+
+    def __init__(self, template: str, *, chat_opened: str = "", chat_system: str = "") -> None:
+        self.template = None if template == "chat" else load_template(template)
+        """The raw template; None for the chat template."""
+        self._chat_system = chat_system or None
+        self.opened = chat_opened
+        """The tag that the text leaves open, or "": put it before a completion."""
+        self.kind: Literal["think", "direct"] = "direct" if chat_opened == "<answer>" else "think"
+        """Whether a reply is to hold both tags, or <answer> alone."""
+        if self.template is not None:
+            self.opened, self.kind = self.template.opened, self.template.kind
+
+    def text(self, prompt: Prompt, tokenizer: "PreTrainedTokenizerBase") -> str:
+        """The text that the model continues."""
+        if self.template is None:
+            return render_chat(prompt, tokenizer, self._chat_system, self.opened)
+        return self.template.render(prompt)
+
+    def token_ids(self, text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+        """Its tokens; a chat template has written its own special ones."""
+        return tokenizer(text, add_special_tokens=self.template is not None)["input_ids"]
 
 
 def load_template(name_or_path: str) -> Template:

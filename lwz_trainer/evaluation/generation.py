@@ -18,7 +18,7 @@ from lwz_trainer.config.endpoint import EndpointConfig
 from lwz_trainer.config.evaluation import GenerateConfig
 from lwz_trainer.config.sections import RolloutConfig
 from lwz_trainer.data.prompts import Prompt, prompt_language
-from lwz_trainer.data.templates import load_template, render_chat
+from lwz_trainer.data.templates import Renderer, load_template
 from lwz_trainer.endpoint import BlockingEndpoint, EndpointError
 from lwz_trainer.errors import UserError
 from lwz_trainer.evaluation.items import Benchmark, Item
@@ -125,16 +125,11 @@ def _write_here(
     model, tokenizer = load_pretrained(
         str(model_dir), dtype=resolve_dtype(config.dtype, device), device=device
     )
-    if config.template == "chat":
-        opened = config.chat_opened
-        system = config.chat_system or None
-        texts = [render_chat(_prompt(item), tokenizer, system, opened) for item in items]
-    else:
-        template = load_template(config.template)
-        opened = template.opened
-        texts = [template.render(_prompt(item)) for item in items]
-    add_special = config.template != "chat"  # a chat template writes its own special tokens
-    token_ids = [tokenizer(text, add_special_tokens=add_special)["input_ids"] for text in texts]
+    renderer = Renderer(
+        config.template, chat_opened=config.chat_opened, chat_system=config.chat_system
+    )
+    texts = [renderer.text(_prompt(item), tokenizer) for item in items]
+    token_ids = [renderer.token_ids(text, tokenizer) for text in texts]
     _refuse_too_long(items, token_ids, sampling.max_tokens, model.config.max_positions)
     engine = make_engine(
         model,
@@ -156,7 +151,7 @@ def _write_here(
         requests = [Request(row, token_ids[row], [items[row].index]) for row in batch]
         samples, _ = engine.generate(requests, seed=config.seed, step=0, policy_version=0)
         for sample in samples:
-            yield sample.sample, _record(sample, opened)
+            yield sample.sample, _record(sample, renderer.opened)
 
 
 def _record(sample: Sample, opened: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from lwz_trainer.generate.writer import Writer
 from lwz_trainer.rewards.structure import parse_completion
 from lwz_trainer.rewards.text import count_words
 from lwz_trainer.rollout import Request, Sample
+from lwz_trainer.rollout.sequence import Sequence
 from lwz_trainer.train.console import RunConsole
 
 __all__ = ["run_generate"]
@@ -54,6 +55,10 @@ def _write_to_terminal(config: GenerateCommandConfig) -> None:
         for part, piece in parts.feed(text.new_text(tokens)):
             page.add(part, piece)
 
+    def show_running(running: list[Sequence]) -> None:
+        for sequence in running:
+            show(sequence.tokens)
+
     started = time.perf_counter()
     sample: Sample | None = None
     try:
@@ -63,7 +68,7 @@ def _write_to_terminal(config: GenerateCommandConfig) -> None:
             seed=config.seed,
             step=0,
             policy_version=0,
-            on_tokens=lambda running: [show(sequence.tokens) for sequence in running],
+            on_tokens=show_running,
         )
         show(_text_ids(sample))
         for part, piece in parts.finish():

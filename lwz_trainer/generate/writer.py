@@ -7,7 +7,7 @@ import torch
 from lwz_trainer.config.generate import GENERATE_MAX_TOKENS, GenerateCommandConfig
 from lwz_trainer.config.sections import RolloutConfig
 from lwz_trainer.data.prompts import Prompt
-from lwz_trainer.data.templates import Template, load_template, render_chat
+from lwz_trainer.data.templates import Renderer
 from lwz_trainer.errors import UserError
 from lwz_trainer.model.linear import resolve_dtype
 from lwz_trainer.model.loading import load_pretrained
@@ -26,16 +26,17 @@ class Writer:
 
     def __init__(self, config: GenerateCommandConfig, prompts: list[Prompt]) -> None:
         self._config = config
-        self._template: Template | None = (
-            None if config.template == "chat" else load_template(config.template)
+        renderer = Renderer(
+            config.template, chat_opened=config.chat_opened, chat_system=config.chat_system
         )
-        self.opened = config.chat_opened if self._template is None else self._template.opened
+        self.opened = renderer.opened
         device = _resolve_device(config.device)
         model_dir: Path = resolve_model_dir(config.model)
         model, self.tokenizer = load_pretrained(
             str(model_dir), dtype=resolve_dtype(config.dtype, device), device=device
         )
-        self.prompt_ids = [self._encode(prompt) for prompt in prompts]
+        texts = [renderer.text(prompt, self.tokenizer) for prompt in prompts]
+        self.prompt_ids = [renderer.token_ids(text, self.tokenizer) for text in texts]
         max_tokens = self._max_tokens(prompts, model.config.max_positions)
         self.engine = make_engine(
             model,
@@ -51,16 +52,6 @@ class Writer:
                 kv_cache_tokens=config.kv_cache_tokens,
             ),
         )
-
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if self._template is None:
-            system = self._config.chat_system or None
-            text = render_chat(prompt, self.tokenizer, system, self.opened)
-        else:
-            text = self._template.render(prompt)
-        # A chat template writes its own special tokens.
-        is_raw = self._template is not None
-        return self.tokenizer(text, add_special_tokens=is_raw)["input_ids"]
 
     def _max_tokens(self, prompts: list[Prompt], max_positions: int) -> int:
         """The configured limit, which every prompt must leave room for, or all there is."""

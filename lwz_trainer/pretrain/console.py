@@ -41,7 +41,7 @@ def learned_line(history: list[dict[str, Any]], run_dir: Path) -> str:
         values = [record[name] for record in history if record.get(name) is not None]
         changes.append(f"{name} {values[0]:.4f} → {values[-1]:.4f}")
     steps = sum("loss" in record for record in history)
-    return f"Trained {steps} steps: {', '.join(changes)}. Look at {run_dir}"
+    return f"Trained {steps} steps: {', '.join(changes)}. Look at {run_dir / 'report.html'}"
 
 
 def _is_held_out_loss(name: str) -> bool:

@@ -136,6 +136,9 @@ class Pretrainer:
                 save_pretrained(
                     self._model, self._tokenizer, self._model_dir, self._run_dir / "final"
                 )
+            from lwz_trainer.view.page import write_page
+
+            write_page([self._run_dir])
             self._console.print(learned_line(recorder.history, self._run_dir))
 
     def _train_step(self) -> dict[str, Any]:

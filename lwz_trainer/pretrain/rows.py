@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from lwz_trainer.config.pretrain import TextDataConfig
 from lwz_trainer.data.jsonl import jsonl_rows
 from lwz_trainer.data.prompts import Prompt, prompt_language
-from lwz_trainer.data.templates import Template, load_template, render_chat
+from lwz_trainer.data.templates import Renderer
 from lwz_trainer.errors import UserError
 from lwz_trainer.pretrain.windows import Window, cut_document, cut_reply
 
@@ -47,8 +47,10 @@ class RowReader:
     def __init__(self, config: TextDataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self._config = config
         self._tokenizer = tokenizer
-        self._is_chat = config.template == "chat"
-        self._template: Template | None = None if self._is_chat else load_template(config.template)
+        self._renderer = Renderer(
+            config.template, chat_opened=config.chat_opened, chat_system=config.chat_system
+        )
+        self._is_chat = self._renderer.template is None
         if tokenizer.eos_token_id is None:
             raise UserError(
                 "the tokenizer has no eos_token, which ends every text: set one in "
@@ -128,9 +130,10 @@ class RowReader:
         prompt = Prompt(question, None, prompt_language(question), row)
         answer = _string(record, "answer", where)
         thinking = _string(record, "thinking", where) if record.get("thinking") else ""
-        if self._template is None:
+        template = self._renderer.template
+        if template is None:
             return self._chat_reply(where, prompt, thinking, answer)
-        if self._template.kind == "think":
+        if template.kind == "think":
             if not thinking:
                 raise UserError(
                     f"{where} has no `thinking`, which template {self._config.template} asks for: "
@@ -139,10 +142,10 @@ class RowReader:
             reply = _tagged(thinking, answer)
         else:  # a reply without thinking, whatever the row holds
             reply = f"<answer>{answer}</answer>"
-        text = self._template.render(prompt)
+        text = template.render(prompt)
         # Raw templates end with a colon: the reply starts after a space, as in their examples.
-        gap = "" if self._template.opened or text[-1:].isspace() else " "
-        return _Text(row, where, text, gap + reply.removeprefix(self._template.opened))
+        gap = "" if template.opened or text[-1:].isspace() else " "
+        return _Text(row, where, text, gap + reply.removeprefix(template.opened))
 
     def _chat_reply(self, where: str, prompt: Prompt, thinking: str, answer: str) -> _Text:
         """Prompt and answer in the model's own chat template."""
@@ -158,12 +161,11 @@ class RowReader:
             content = _tagged(thinking, answer)
         else:
             content = answer
-        system = self._config.chat_system or None
-        before = render_chat(prompt, self._tokenizer, system, "")
+        before = self._renderer.text(prompt, self._tokenizer)
         messages = [{"role": "user", "content": prompt.prompt}]
-        if system is not None:
-            messages.insert(0, {"role": "system", "content": system})
-        return self._chat_text(prompt.row, where, before, opened, messages, content)
+        if self._config.chat_system:
+            messages.insert(0, {"role": "system", "content": self._config.chat_system})
+        return self._chat_text(prompt.row, where, before, messages, content)
 
     def _conversation(self, row: int, where: str, messages: Any) -> _Text:
         """The last turn is the reply; all before it is the prompt."""
@@ -190,14 +192,13 @@ class RowReader:
             messages[:-1], tokenize=False, add_generation_prompt=True
         )
         assert isinstance(before, str)
-        return self._chat_text(row, where, before, "", messages[:-1], messages[-1]["content"])
+        return self._chat_text(row, where, before, messages[:-1], messages[-1]["content"])
 
     def _chat_text(
         self,
         row: int,
         where: str,
         before: str,
-        opened: str,
         messages: list[dict[str, str]],
         content: str,
     ) -> _Text:
@@ -205,7 +206,6 @@ class RowReader:
             [*messages, {"role": "assistant", "content": content}], tokenize=False
         )
         assert isinstance(whole, str)
-        before += opened
         if not whole.startswith(before):
             raise UserError(
                 f"{where}: this model's chat template changes a finished reply or what stands "

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lwz_trainer.config.train import TrainConfig
 from lwz_trainer.data.prompts import Prompt, load_prompts, prompt_order, replacement_index
-from lwz_trainer.data.templates import load_template, render_chat
+from lwz_trainer.data.templates import Renderer
 from lwz_trainer.errors import UserError
 from lwz_trainer.rollout.sequence import Request
 
@@ -98,20 +98,12 @@ class PromptSet:
         self, tokenizer: PreTrainedTokenizerBase
     ) -> tuple[str, Literal["think", "direct"]]:
         data = self._config.data
-        if data.template == "chat":
-            system = data.chat_system or None
-            opened = data.chat_opened
-            kind: Literal["think", "direct"] = "direct" if opened == "<answer>" else "think"
-            self._texts = [render_chat(p, tokenizer, system, opened) for p in self._prompts]
-        else:
-            template = load_template(data.template)
-            opened, kind = template.opened, template.kind
-            self._texts = [template.render(prompt) for prompt in self._prompts]
-        add_special = data.template != "chat"  # a chat template writes its own special tokens
-        self._token_ids: list[list[int]] = [
-            tokenizer(text, add_special_tokens=add_special)["input_ids"] for text in self._texts
-        ]
-        return opened, kind
+        renderer = Renderer(
+            data.template, chat_opened=data.chat_opened, chat_system=data.chat_system
+        )
+        self._texts = [renderer.text(prompt, tokenizer) for prompt in self._prompts]
+        self._token_ids = [renderer.token_ids(text, tokenizer) for text in self._texts]
+        return renderer.opened, renderer.kind
 
     def _refuse_too_long(self, max_positions: int) -> None:
         completion = self._config.rollout.max_completion_tokens

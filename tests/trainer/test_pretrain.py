@@ -40,6 +40,7 @@ def test_pretrain_writes_a_complete_run(tmp_path: Path, capsys: pytest.CaptureFi
     assert (run_dir / "checkpoints" / "latest").read_text() == "step_000006"
     assert "linear_logprobs" in json.loads((run_dir / "implementations.json").read_text())
     assert list((run_dir / "tensorboard").glob("events.*"))
+    assert "held_out/long_loss" in (run_dir / "report.html").read_text()
     assert not list(run_dir.rglob("*.partial"))
     out = capsys.readouterr().out
     assert "step 6/6  loss" in out
