@@ -39,7 +39,7 @@ class Sizes:
     """0: all."""
 
 
-QUICK = Sizes(pretrain_steps=2, sft_steps=2, rl_steps=2, num_pairs=24, num_requests=4)
+QUICK = Sizes(pretrain_steps=2, sft_steps=2, rl_steps=2, num_pairs=48, num_requests=4)
 
 
 @dataclass(frozen=True)
