@@ -224,17 +224,7 @@ class PolicyUpdate:
 
     def _hidden(self, model: Decoder, work: Work) -> Tensor:
         """Hidden states [R, D] of the positions that predict the completion tokens."""
-        device = self._ranks.device
-        hidden_TD = model(
-            work.batch.input_ids_T.to(device),
-            work.batch.position_ids_T.to(device),
-            work.attend,
-            checkpoint_layers=self._section.checkpoint_layers,
-            offload=self._offload,
-            mlp_tile_tokens=self._section.mlp_tile_tokens,
-        )
-        work.check_calls(model.config.layers)
-        return hidden_TD[work.batch.row_index_R.to(device)]
+        return work.hidden(model, self._section, self._offload)
 
     @torch.no_grad()
     def _logprobs(self, model: Decoder, work: Work) -> dict[int, Tensor]:
