@@ -44,7 +44,7 @@ class TextDataConfig:
     batch_size: int = 512
     """Packed sequences of context_tokens in one step, over all ranks: their product, in tokens of
     whole sequences, is never passed."""
-    shuffle_windows: int = 1024
+    shuffle_windows: int = 256
     """Sequences of a source that are read ahead and shuffled together."""
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,7 @@ class Pretrainer:
         self._stream = _mixed_stream(config, files, reader)
         self._held_out_names = list(held_out_files)
         self._held_out = _held_out_windows(config, held_out_files, reader)
-        for source in self._stream.sources:
-            source.peek()  # bad rows at the beginning are found before anything is written
+        _refuse_without_text(files, reader)
         self._run_dir = Path(config.output_dir)
         if ranks.is_main:
             # fp32 masters and two moments of every parameter.
@@ -296,6 +296,20 @@ def _mixed_stream(
     return MixedStream(sources, list(data.weights) or [1.0] * len(sources))
 
 
+def _refuse_without_text(files: dict[str, list[Path]], reader: RowReader) -> None:
+    """Reads the beginning of each source, so that what is wrong there is said at once."""
+    for index, (name, paths) in enumerate(files.items()):
+        if next(_windows(index, paths, reader), None) is None:
+            raise UserError(f"data source '{name}' holds no text; check its files")
+
+
+def _windows(index: int, paths: list[Path], reader: RowReader) -> Iterator[Window]:
+    """All windows of a source in the order of its files."""
+    for path in paths:
+        for _, windows in reader.read(index, path, 0):
+            yield from windows
+
+
 def _held_out_windows(
     config: PretrainConfig, files: dict[str, list[Path]], reader: RowReader
 ) -> list[Window]:
@@ -303,8 +317,7 @@ def _held_out_windows(
     windows: list[Window] = []
     for index, (name, paths) in enumerate(files.items()):
         left = config.data.held_out_tokens
-        found = (w for path in paths for _, row in reader.read(index, path, 0) for w in row)
-        for window in found:
+        for window in _windows(index, paths, reader):
             if window.num_tokens > left:
                 break
             left -= window.num_tokens

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
+import torch
 import yaml
 
 from lwz_trainer.config.evaluation import EvalConfig
@@ -15,7 +16,9 @@ from lwz_trainer.config.prepare import PrepareConfig
 from lwz_trainer.config.pretrain import PretrainConfig
 from lwz_trainer.config.reading import dump_config, load_config, parse_command_line
 from lwz_trainer.config.train import TrainConfig
+from lwz_trainer.pretrain.forecast import forecast_pretrain_memory
 from tests.trainer.test_config import all_fields
+from tests.trainer.test_forecast import CUDA, QWEN_7B
 from tests.trainer.train_case import ROOT
 
 COMMANDS: dict[str, Any] = {
@@ -97,6 +100,18 @@ def test_the_page_names_settings_that_exist(
         config = COMMANDS[command]
     for name in settings:
         find_setting(config, name)
+
+
+def test_one_node_holds_the_7b_pretraining() -> None:
+    config = load_config(PretrainConfig, ROOT / "configs" / "pretrain" / "qwen2.5_7b_8gpu.yaml")
+    memory = forecast_pretrain_memory(
+        config, QWEN_7B, dtype=torch.bfloat16, device=CUDA, num_ranks=8, ranks_per_node=8
+    )
+    assert not memory.misfits(80_000_000_000)
+    assert not memory.rollout
+    # The head's gradient is summed in fp32 and handed on in bf16.
+    head = QWEN_7B.vocab_size * QWEN_7B.hidden
+    assert memory.update["gradient of the head"] == 6 * head
 
 
 def test_the_page_covers_the_method_and_names_every_file() -> None:

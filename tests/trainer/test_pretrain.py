@@ -180,6 +180,15 @@ def test_pretrain_names_a_bad_line_before_it_writes_anything(
     assert not (tmp_path / "run").exists()
 
 
+def test_pretrain_refuses_a_source_without_text_before_it_writes_anything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = make_pretrain_args(tmp_path)
+    (tmp_path / "texts" / "books.jsonl").write_text('{"text": " "}\n')
+    assert_refused(arguments, capsys, "data source 'books' holds no text")
+    assert not (tmp_path / "run").exists()
+
+
 def test_pretrain_refuses_to_go_on_with_other_data(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
