@@ -128,6 +128,11 @@ class PretrainConfig:
                 f"optim.warmup_steps ({self.optim.warmup_steps}) must be below num_steps "
                 f"({self.num_steps}): the peak rate would never be reached"
             )
+        if self.log.trace_steps:
+            raise UserError(
+                "log.trace_steps writes the timeline of a rollout and its update, which only train "
+                "has: leave it out"
+            )
         if self.parallel.sequence != 1 and self.model.attention not in (
             "auto",
             "triton",

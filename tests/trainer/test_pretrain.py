@@ -157,6 +157,7 @@ def test_pretrain_learns_only_answers_where_asked(tmp_path: Path) -> None:
         ({"data.template": "thinking"}, "unknown template 'thinking'"),
         ({"data.held_out_tokens": 3}, "data.held_out 'long' gives no window"),
         ({"optim.warmup_steps": 6}, "must be below num_steps"),
+        ({"log.trace_steps": [1]}, "log.trace_steps writes the timeline of a rollout"),
         ({"model.path": "/nowhere"}, "no model at /nowhere"),
         ({"update.microbatch_tokens": 0}, "update.microbatch_tokens must be at least 1"),
     ],
