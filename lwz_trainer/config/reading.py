@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import pydantic
 import tyro
@@ -82,3 +82,14 @@ def _refuse_unknown_keys(config_class: Any, raw: dict[str, Any], path: Path, pre
             if not isinstance(value, dict):
                 raise UserError(f"{path}: '{name}' is a section, expected a mapping, got {value!r}")
             _refuse_unknown_keys(hints[key], value, path, prefix=f"{name}.")
+        elif (section := _value_section(hints[key])) is not None and isinstance(value, dict):
+            for entry, content in value.items():
+                if isinstance(content, dict):
+                    _refuse_unknown_keys(section, content, path, prefix=f"{name}.{entry}.")
+
+
+def _value_section(hint: Any) -> Any | None:
+    """X of `dict[str, X]` where X is a section."""
+    if get_origin(hint) is dict and dataclasses.is_dataclass(section := get_args(hint)[1]):
+        return section
+    return None

@@ -3,17 +3,21 @@
 Each field's docstring is its help text on the command line.
 """
 
+import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
+from lwz_trainer.config.endpoint import EndpointConfig
 from lwz_trainer.errors import UserError
 
 __all__ = [
+    "ConstraintConfig",
     "FormatRewardConfig",
     "LengthRewardConfig",
     "OverlongRewardConfig",
     "RewardPoolConfig",
     "RewardsConfig",
+    "Source",
     "WritingRewardConfig",
 ]
 
@@ -23,6 +27,29 @@ __all__ = [
 SHINGLES_THRESHOLD = 0.4
 # Not measured: encoders differ in the cosine of unrelated text, so set it for the encoder in use.
 EMBEDDING_THRESHOLD = 0.9
+
+JudgingSource = Literal["judge", "checklist", "pairwise", "references"]
+Source = Literal[
+    "model",
+    "classify",
+    "pooling",
+    "score",
+    "judge",
+    "checklist",
+    "pairwise",
+    "references",
+    "function",
+]
+_JUDGING_SOURCES: tuple[JudgingSource, ...] = get_args(JudgingSource)
+CRITERIA = (
+    "It does what the request asks for, all of it, for the readers it has in mind.",
+    "It is rich: concrete, well informed or well imagined, without padding and repetition.",
+    "It is built soundly from beginning to end, and keeps its level to the last paragraph.",
+    "It is written well: clear, correct, alive, in a voice that fits.",
+)
+_OWN_NAMES = frozenset({"length", "format", "writing", "overlong"})
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True)
@@ -97,30 +124,105 @@ class FormatRewardConfig:
 
 @dataclass(frozen=True)
 class WritingRewardConfig:
-    """The score of a reward model that reads prompt and answer (not the thinking)."""
+    """A score of the answer (not the thinking): by a model, a judge, or any function."""
 
     weight: float = 0.0
-    """Share of the writing advantage; 0 switches the reward off and loads no model."""
+    """Share of this reward's advantage; 0 switches the reward off and loads no model."""
+    source: Source = "model"
+    """"model": in this process. "classify", "pooling", "score": a model that vLLM serves. "judge",
+    "checklist", "pairwise", "references": a chat model that judges. "function": Python."""
     model: str = ""
-    """Sequence-classification model with one label: a Hugging Face directory or hub id."""
+    """Sequence-classification model with one label: a Hugging Face directory or hub id. With
+    "classify" and "pooling" its tokenizer, to send token ids; empty: the server's template."""
     batch_size: int = 8
-    """Answers in one forward pass."""
+    """Answers in one forward pass of "model"."""
     max_tokens: int = 8192
-    """Longer inputs lose the end of the answer; also capped by the model's own limit."""
+    """Longer inputs lose the end of the answer; "model" is also capped by the model's own limit."""
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    """The server of the other sources, and how patiently it is asked."""
+    criteria: tuple[str, ...] = CRITERIA
+    """What "judge" scores; the reward is the mean, from 0 to 1."""
+    advance_above: float = 0.5
+    """A prompt meets its next of the "references" when its group's mean score is above this."""
+    function: str = ""
+    """Import path of "function", `module:function`: a list of answers in, as many numbers out."""
 
-    def __post_init__(self) -> None:
-        _require_weight("writing", self.weight)
-        if self.weight > 0 and not self.model:
+    def check(self, name: str) -> None:
+        """Refuses what cannot be, and what would not be read.
+
+        Args:
+            name: of the section.
+        """
+        if not 0 <= self.weight < float("inf"):
+            raise UserError(f"{name}.weight must be a finite number >= 0, got {self.weight}")
+        if self.source not in get_args(Source):
             raise UserError(
-                f"rewards.writing.weight is {self.weight} but rewards.writing.model is empty: name "
-                "a reward model, or set the weight to 0"
+                f"{name}.source must be one of {', '.join(get_args(Source))}, got '{self.source}'"
             )
         if self.batch_size < 1:
-            raise UserError(f"rewards.writing.batch_size must be at least 1, got {self.batch_size}")
+            raise UserError(f"{name}.batch_size must be at least 1, got {self.batch_size}")
         if self.max_tokens < 16:
+            raise UserError(f"{name}.max_tokens must be at least 16, got {self.max_tokens}")
+        if not 0 <= self.advance_above < 1:
+            raise UserError(f"{name}.advance_above must be in [0, 1), got {self.advance_above}")
+        if not self.criteria or any(not text.strip() for text in self.criteria):
+            raise UserError(f"{name}.criteria must hold at least one text, and no empty one")
+        if self.weight == 0:
+            return
+        self._check_needs(name)
+        self._check_unread(name)
+
+    def _check_needs(self, name: str) -> None:
+        if self.source == "model" and not self.model:
             raise UserError(
-                f"rewards.writing.max_tokens must be at least 16, got {self.max_tokens}"
+                f"{name}.weight is {self.weight} but {name}.model is empty: name a reward model, "
+                "or set the weight to 0"
             )
+        if self.source == "function" and not _FUNCTION.fullmatch(self.function):
+            raise UserError(
+                f"{name}.function must be an import path such as my_rewards:novelty, got "
+                f"'{self.function}'"
+            )
+        is_served = self.source not in ("model", "function")
+        if is_served and not (self.endpoint.base_url and self.endpoint.model):
+            raise UserError(
+                f"{name}.source '{self.source}' asks a server: set {name}.endpoint.base_url and "
+                f"{name}.endpoint.model"
+            )
+
+    def _check_unread(self, name: str) -> None:
+        default = WritingRewardConfig()
+        readers: dict[str, tuple[Source, ...]] = {
+            "model": ("model", "classify", "pooling"),
+            "endpoint": (*_JUDGING_SOURCES, "classify", "pooling", "score"),
+            "criteria": ("judge",),
+            "advance_above": ("references",),
+            "function": ("function",),
+        }
+        for field_name, sources in readers.items():
+            value = getattr(self, field_name)
+            if value != getattr(default, field_name) and self.source not in sources:
+                raise UserError(
+                    f"{name}.{field_name} is only used with {name}.source {' or '.join(sources)}, "
+                    f"got '{self.source}': set that, or remove it"
+                )
+
+
+@dataclass(frozen=True)
+class ConstraintConfig:
+    """Samples that break a constraint always get a negative advantage (RLMR)."""
+
+    rewards: tuple[str, ...] = ()
+    """Rewards that are constraints, such as length or format; none: off."""
+    minimum: float = 1.0
+    """A sample breaks the constraint when one of these rewards is below this; a missing score does
+    not count."""
+    gap: float = 0.1
+    """Its advantage is at most minus this."""
+
+    def __post_init__(self) -> None:
+        if not self.gap > 0:
+            raise UserError(f"rewards.constraints.gap must be above 0, got {self.gap}")
 
 
 @dataclass(frozen=True)
@@ -169,17 +271,29 @@ class RewardsConfig:
     format: FormatRewardConfig = field(default_factory=FormatRewardConfig)
     """Tags and repetition."""
     writing: WritingRewardConfig = field(default_factory=WritingRewardConfig)
-    """Quality, by a reward model."""
+    """Quality, by a reward model or a judge."""
     overlong: OverlongRewardConfig = field(default_factory=OverlongRewardConfig)
     """Nearness to the length limit."""
     pool: RewardPoolConfig = field(default_factory=RewardPoolConfig)
     """Who computes them."""
+    others: dict[str, WritingRewardConfig] = field(default_factory=dict)
+    """Further rewards by name, each with the fields of `writing`; a YAML file names them."""
+    constraints: ConstraintConfig = field(default_factory=ConstraintConfig)
+    """Rewards that a sample must not fail."""
     normalization: Literal["zscore", "minmax"] = "zscore"
     """Each reward within its group: mean 0 and standard deviation 1, or stretched to [-1, 1]."""
     max_failed_frac: float = 0.5
     """The run stops when more than this share of a step's scores of one reward is missing."""
 
     def __post_init__(self) -> None:
+        self.writing.check("rewards.writing")
+        for name, config in self.others.items():
+            if name in _OWN_NAMES or not _NAME.fullmatch(name):
+                raise UserError(
+                    f"rewards.others: '{name}' cannot be a name; use lower-case letters, digits "
+                    f"and _, and not {', '.join(sorted(_OWN_NAMES))}"
+                )
+            config.check(f"rewards.others.{name}")
         if not self.weights:
             raise UserError(
                 "rewards: every weight is 0, so nothing would be learned; set the weight of "
@@ -193,6 +307,33 @@ class RewardsConfig:
             raise UserError(
                 f"rewards.max_failed_frac must be in [0, 1], got {self.max_failed_frac}"
             )
+        if sum(config.source == "references" for config in self.sourced.values()) > 1:
+            raise UserError(
+                "two rewards have the source 'references', expected at most one: the references in "
+                "force are those of one reward"
+            )
+        for name in self.constraints.rewards:
+            if name not in self.weights:
+                raise UserError(
+                    f"rewards.constraints.rewards names '{name}', expected one of the rewards that "
+                    f"are on: {', '.join(self.weights)}"
+                )
+
+    @property
+    def sourced(self) -> dict[str, WritingRewardConfig]:
+        """The rewards that come from a source and are switched on, by name."""
+        sourced = {"writing": self.writing} | self.others
+        return {name: config for name, config in sourced.items() if config.weight > 0}
+
+    @property
+    def references_reward(self) -> str | None:
+        """The reward that compares with references, if there is one."""
+        return next((n for n, c in self.sourced.items() if c.source == "references"), None)
+
+    @property
+    def relative(self) -> frozenset[str]:
+        """Rewards that compare within the group already and are not normalised again."""
+        return frozenset(n for n, config in self.sourced.items() if config.source == "pairwise")
 
     @property
     def weights(self) -> dict[str, float]:
@@ -202,6 +343,7 @@ class RewardsConfig:
             "format": self.format.weight,
             "writing": self.writing.weight,
             "overlong": self.overlong.weight,
+            **{name: config.weight for name, config in self.others.items()},
         }
         return {name: weight for name, weight in weights.items() if weight > 0}
 

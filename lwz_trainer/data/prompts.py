@@ -29,6 +29,7 @@ __all__ = [
 
 BUNDLED_PROMPTS = ("writing", "demo")
 
+_COLUMNS = ("prompt", "length_range", "checklist", "references")
 _CJK = re.compile(r"[\u4e00-\u9fff]")
 _logger = logging.getLogger(__name__)
 
@@ -42,12 +43,16 @@ class Prompt:
         length_range: fewest and most words (Chinese: characters) of a good answer; None if unknown.
         language: "zh" if the request holds a character in U+4E00..U+9FFF, else "en".
         row: its line in the JSONL file or its row in the parquet file, counted from 1.
+        checklist: points that a good answer meets, for a reward with source "checklist".
+        references: answers of rising quality, for a reward with source "references".
     """
 
     prompt: str
     length_range: tuple[int, int] | None
     language: str
     row: int
+    checklist: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
 
 
 def load_prompts(path_or_name: str) -> list[Prompt]:
@@ -56,7 +61,8 @@ def load_prompts(path_or_name: str) -> list[Prompt]:
     Args:
         path_or_name: "writing" or "demo" for a bundled set, else the path of a .jsonl or .parquet
             file with the column `prompt` (str) and, if wanted, `length_range` ([lo, hi] integers,
-            0 <= lo < hi, or null). Other columns are left alone.
+            0 <= lo < hi, or null), `checklist` and `references` (lists of texts, or null). Other
+            columns are left alone.
     Returns:
         The requests, without the rows whose range is [0, 0]; a warning tells how many those were.
     Raises:
@@ -168,7 +174,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, str, Any]]:
             raise UserError(
                 f"{path} has no column `prompt`; its columns are: {', '.join(present) or 'none'}"
             )
-        columns = [name for name in ("prompt", "length_range") if name in present]
+        columns = [name for name in _COLUMNS if name in present]
         number = 0
         for batch in file.iter_batches(columns=columns):
             for record in batch.to_pylist():
@@ -193,8 +199,9 @@ def _checked_prompt(record: Any, row: int, where: str) -> Prompt | None:
         raise UserError(f"{where}: prompt is empty; write a request or remove the row")
 
     length_range = record.get("length_range")
+    lists = {name: _texts(record, name, where) for name in ("checklist", "references")}
     if length_range is None:
-        return Prompt(text, None, prompt_language(text), row)
+        return Prompt(text, None, prompt_language(text), row, **lists)
     # type() and not isinstance: JSON's true and false are ints to Python.
     if (
         not isinstance(length_range, list)
@@ -212,7 +219,19 @@ def _checked_prompt(record: Any, row: int, where: str) -> Prompt | None:
             f"{where}: length_range must have 0 <= lo < hi, got [{low}, {high}]"
             " ([0, 0] marks a request to drop)"
         )
-    return Prompt(text, (low, high), prompt_language(text), row)
+    return Prompt(text, (low, high), prompt_language(text), row, **lists)
+
+
+def _texts(record: dict[str, Any], name: str, where: str) -> tuple[str, ...]:
+    """A list of texts that a record may have."""
+    texts = record.get(name)
+    if texts is None:
+        return ()
+    if not isinstance(texts, list) or any(
+        not isinstance(text, str) or not text.strip() for text in texts
+    ):
+        raise UserError(f"{where}: {name} must be a list of texts, none of them empty")
+    return tuple(texts)
 
 
 def prompt_language(text: str) -> str:

@@ -3,7 +3,13 @@
 from lwz_trainer.config.endpoint import EndpointConfig
 from lwz_trainer.endpoint.blocking import BlockingEndpoint
 from lwz_trainer.endpoint.cache import AnswerCache
-from lwz_trainer.endpoint.client import Endpoint, Message, Usage
+from lwz_trainer.endpoint.client import (
+    Endpoint,
+    Message,
+    RewardRoute,
+    Usage,
+    read_api_key,
+)
 from lwz_trainer.endpoint.errors import (
     AnswerError,
     EndpointDown,
@@ -21,5 +27,7 @@ __all__ = [
     "EndpointError",
     "Message",
     "RequestRefused",
+    "RewardRoute",
     "Usage",
+    "read_api_key",
 ]

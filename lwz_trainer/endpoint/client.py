@@ -6,13 +6,15 @@ other statuses are not. A Retry-After pauses all requests of this client.
 """
 
 import asyncio
+import math
 import os
 import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import httpx2
 import tenacity
@@ -24,9 +26,10 @@ from lwz_trainer.endpoint.errors import AnswerError, EndpointDown, EndpointError
 from lwz_trainer.endpoint.transport import FatalStatus, TransientFailure, get_json, post_json
 from lwz_trainer.errors import UserError
 
-__all__ = ["Endpoint", "Message", "Usage"]
+__all__ = ["Endpoint", "Message", "RewardRoute", "Usage", "read_api_key"]
 
 T = TypeVar("T")
+RewardRoute = Literal["classify", "pooling", "score"]
 Message = dict[str, str]
 """`{"role": "system" | "user" | "assistant", "content": text}`."""
 
@@ -66,7 +69,7 @@ class Endpoint:
         self._config = config
         self._base_url = config.base_url.rstrip("/")
         self._root = self._base_url.removesuffix("/v1")
-        self._secret = _api_key(config.api_key_env)
+        self._secret = read_api_key(config.api_key_env)
         headers = {"Content-Type": "application/json"}
         if self._secret:
             headers["Authorization"] = f"Bearer {self._secret}"
@@ -118,14 +121,23 @@ class Endpoint:
         body = {"model": self._config.model, "prompt": prompt}
         return await self._parsed("completions", body, _completion_text, parse)
 
-    async def classify(self, texts: Sequence[str]) -> list[list[float]]:
-        """The class probabilities (one label: its activated score) of each text, by vLLM.
+    async def reward(self, route: RewardRoute, **inputs: Any) -> float:
+        """The raw score of one input, by a model with one label that vLLM serves.
+
+        Args:
+            route: which of vLLM's interfaces.
+            inputs: fields that hold the input: `input` or `messages`; for "score" `text_1` and
+                `text_2`.
 
         Raises:
             RequestRefused, EndpointDown, EndpointError: as `chat`.
         """
-        body = {"model": self._config.model, "input": list(texts)}
-        return await self.post("/classify", body, read=lambda answer: _probs(answer, len(texts)))
+        # Not part of OpenAI's interface: it lies beside the version, not below it.
+        url = f"{self._root}/{route}"
+        body = {"model": self._config.model, "use_activation": False, **inputs}
+        if route == "pooling":
+            body["task"] = "classify"
+        return await self._answer(url, body, partial(_raw_score, route), sample=0)
 
     async def post(self, path: str, body: dict[str, Any], *, read: Callable[[Any], T]) -> T:
         """What `read` takes out of the answer to a JSON request at any path of the server.
@@ -256,7 +268,12 @@ class Endpoint:
             self.usage.num_completion_tokens += tokens.get("completion_tokens") or 0
 
 
-def _api_key(variable: str) -> str:
+def read_api_key(variable: str) -> str:
+    """The key in an environment variable; "" where none is named.
+
+    Raises:
+        UserError: the variable is not set, or holds something else.
+    """
     if not variable:
         return ""
     key = os.environ.get(variable, "").strip()
@@ -286,8 +303,12 @@ def _text(value: Any) -> str:
     return value
 
 
-def _probs(answer: Any, num_texts: int) -> list[list[float]]:
-    rows = sorted(answer["data"], key=lambda row: row["index"])
-    if len(rows) != num_texts:
-        raise ValueError(f"expected {num_texts} rows, got {len(rows)}")
-    return [[float(prob) for prob in row["probs"]] for row in rows]
+def _raw_score(route: RewardRoute, answer: Any) -> float:
+    """The one number of a reply; ValueError, so another attempt, for any other form."""
+    (row,) = answer["data"]
+    value = row[{"classify": "probs", "pooling": "data", "score": "score"}[route]]
+    if route != "score":
+        (value,) = value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"expected a finite score, got {value!r}")
+    return float(value)

@@ -7,14 +7,22 @@ A score that is not finite is missing. It is left out of its group's statistics 
 advantage. It counts as failed where the reward applies, and not where it does not.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from lwz_trainer.config.rewards import ConstraintConfig
 from lwz_trainer.errors import UserError
 
-__all__ = ["GroupAdvantages", "check_failures", "group_advantages"]
+__all__ = [
+    "GroupAdvantages",
+    "broken_constraints",
+    "check_failures",
+    "constrain_advantages",
+    "group_advantages",
+]
 
 # Rewards of one group that differ by no more than this are equal but for rounding (a reward model
 # scores in fp32), and a z-score would blow the difference up to a full advantage.
@@ -29,7 +37,8 @@ class GroupAdvantages:
     Args:
         advantages_PG: weighted mean of the normalised rewards, [P, G] float64.
         normalized: each reward after normalisation, [P, G].
-        weighted: each reward's part of the advantage, [P, G]; the parts add up to `advantages_PG`.
+        weighted: each reward's part of the advantage, [P, G]; the parts add up to `advantages_PG`,
+            but for what constraints add to that.
         num_zero_spread: groups, by reward, with at least two scores that are all equal.
         num_compared: groups, by reward, with at least two scores.
         num_failed: missing scores, by reward, where it applies.
@@ -51,6 +60,8 @@ def group_advantages(
     normalization: Literal["zscore", "minmax"],
     *,
     is_applicable: dict[str, np.ndarray] | None = None,
+    relative: Collection[str] = (),
+    constraints: ConstraintConfig | None = None,
 ) -> GroupAdvantages:
     """A = Σ_r w_r · z_r / Σ_r w_r, with z_r the reward r normalised within its group.
 
@@ -67,6 +78,8 @@ def group_advantages(
         normalization: how one reward is put on a common scale.
         is_applicable: name to [P, G] bool, False where a missing score is no failure because the
             prompt does not call for that reward; a name that is not there always applies.
+        relative: rewards that compare within the group already (BRPO's ±1): z is the reward itself.
+        constraints: rewards that a sample must not fail; None or one without names: none.
     """
     if not rewards or rewards.keys() != weights.keys():
         raise ValueError(
@@ -91,13 +104,21 @@ def group_advantages(
     compared = {name: has_score[name].sum(axis=1) >= 2 for name in rewards}
     has_spread = {name: _has_spread(rewards[name], has_score[name]) for name in rewards}
     normalized = {
-        name: _normalized(rewards[name], has_score[name] & has_spread[name][:, None], normalization)
+        name: np.where(has_score[name], rewards[name], 0.0)
+        if name in relative
+        else _normalized(rewards[name], has_score[name] & has_spread[name][:, None], normalization)
         for name in rewards
     }
     total_weight = sum(weights.values())
     weighted = {name: normalized[name] * (weights[name] / total_weight) for name in rewards}
+    advantages_PG = np.sum(list(weighted.values()), axis=0)
+    if constraints is not None and constraints.rewards:
+        broken_PG = broken_constraints(
+            rewards, applicable, constraints.rewards, constraints.minimum
+        )
+        advantages_PG = constrain_advantages(advantages_PG, broken_PG, constraints.gap)
     return GroupAdvantages(
-        advantages_PG=np.sum(list(weighted.values()), axis=0),
+        advantages_PG=advantages_PG,
         normalized=normalized,
         weighted=weighted,
         num_zero_spread={name: int((compared[name] & ~has_spread[name]).sum()) for name in rewards},
@@ -105,6 +126,52 @@ def group_advantages(
         num_failed={name: int((applicable[name] & ~has_score[name]).sum()) for name in rewards},
         num_applicable={name: int(applicable[name].sum()) for name in rewards},
     )
+
+
+def broken_constraints(
+    rewards: dict[str, np.ndarray],
+    is_applicable: dict[str, np.ndarray],
+    names: Collection[str],
+    minimum: float,
+) -> np.ndarray:
+    """[P, G] bool: whether one of the named rewards is below the minimum; a missing one is not."""
+    below = [
+        np.isfinite(rewards[name]) & is_applicable[name] & (rewards[name] < minimum)
+        for name in names
+    ]
+    return np.any(below, axis=0)
+
+
+def constrain_advantages(
+    advantages: np.ndarray, breaks_constraint: np.ndarray, gap: float
+) -> np.ndarray:
+    """Advantages under which every sample that breaks a constraint has at most −gap.
+
+        A'_i = A_i − w (v_i − f)
+
+    with v_i = 1 for a sample that breaks a constraint and else 0, f their share of the group, and w
+    the smallest weight >= 0 that is enough, chosen for each group anew (RLMR, arXiv 2508.18642:
+    weights of a constraint that follow the group; the formula is ours). The mean of the group stays
+    what it was: what the violators lose, the others gain. Where all break it, the group is shifted
+    so that its best has −gap.
+
+    Args:
+        advantages: [P, G].
+        breaks_constraint: [P, G] bool.
+        gap: above 0.
+    """
+    constrained_PG = advantages.astype(np.float64)
+    for group, breaks in enumerate(breaks_constraint):
+        if not breaks.any():
+            continue
+        advantages_G = constrained_PG[group]
+        excess = max(0.0, advantages_G[breaks].max() + gap)
+        share = breaks.mean()
+        if share == 1:
+            constrained_PG[group] = advantages_G - excess
+        else:
+            constrained_PG[group] = advantages_G - excess / (1 - share) * (breaks - share)
+    return constrained_PG
 
 
 def check_failures(

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModel
 
 from lwz_trainer.errors import UserError
+from lwz_trainer.rewards.parking import ParkedModel
 from lwz_trainer.rewards.pretrained import (
     input_limit,
     load_model,
@@ -41,7 +42,8 @@ class SentenceEncoder:
                 f"rewards.format.encoder: {path} is an encoder-decoder model, expected an encoder; "
                 "name a sentence encoder"
             )
-        self.model = model.to(self.device)
+        self.model = model
+        self.parked = ParkedModel(model, self.device)
         self.pad_token_id = pad_token_id(model, self.tokenizer, avoid=None)
         self.max_tokens = input_limit(model, self.tokenizer)
 
@@ -53,13 +55,16 @@ class SentenceEncoder:
         ]
         by_length = sorted(range(len(texts)), key=lambda i: len(encodings[i]["input_ids"]))
         embeddings_ND = np.zeros((len(texts), self.model.config.hidden_size), np.float32)
-        for start in range(0, len(texts), _BATCH_SIZE):
-            indices = by_length[start : start + _BATCH_SIZE]
-            batch = padded_batch([encodings[i] for i in indices], self.pad_token_id, self.device)
-            with torch.inference_mode():
-                hidden_BLD = self.model(**batch).last_hidden_state
-            mask_BL1 = batch["attention_mask"].unsqueeze(-1).to(hidden_BLD.dtype)
-            num_tokens_B1 = mask_BL1.sum(dim=1).clamp(min=1)
-            embeddings_BD = (hidden_BLD * mask_BL1).sum(dim=1) / num_tokens_B1
-            embeddings_ND[indices] = embeddings_BD.cpu().numpy()
+        with self.parked.on_device():
+            for start in range(0, len(texts), _BATCH_SIZE):
+                indices = by_length[start : start + _BATCH_SIZE]
+                batch = padded_batch(
+                    [encodings[i] for i in indices], self.pad_token_id, self.device
+                )
+                with torch.inference_mode():
+                    hidden_BLD = self.model(**batch).last_hidden_state
+                mask_BL1 = batch["attention_mask"].unsqueeze(-1).to(hidden_BLD.dtype)
+                num_tokens_B1 = mask_BL1.sum(dim=1).clamp(min=1)
+                embeddings_BD = (hidden_BLD * mask_BL1).sum(dim=1) / num_tokens_B1
+                embeddings_ND[indices] = embeddings_BD.cpu().numpy()
         return embeddings_ND

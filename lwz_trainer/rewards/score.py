@@ -2,14 +2,18 @@
 
 import logging
 import math
+import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from lwz_trainer.config.rewards import RewardsConfig
+from lwz_trainer.rewards.advantages import GroupAdvantages, group_advantages
+from lwz_trainer.rewards.answer import Answer, SourceScores
 from lwz_trainer.rewards.length import length_reward
 from lwz_trainer.rewards.overlong import overlong_reward
 from lwz_trainer.rewards.redundancy import Redundancy, embedding_redundancy, shingle_redundancy
@@ -19,9 +23,16 @@ from lwz_trainer.rewards.text import Span, count_words
 if TYPE_CHECKING:
     import torch
 
-    from lwz_trainer.rewards.writing import WritingReward
+    from lwz_trainer.rewards.sources import RewardSource
 
-__all__ = ["RewardParts", "RewardSample", "Scorer", "failed_parts", "stack_rewards"]
+__all__ = [
+    "RewardParts",
+    "RewardSample",
+    "Scorer",
+    "compare_groups",
+    "failed_parts",
+    "stack_rewards",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -36,6 +47,8 @@ class RewardSample:
         completion: the tag that the template left open, if any, and what the model wrote.
         stopped_at_answer: the sampler stopped at the stop string </answer>.
         num_tokens: length of what the model wrote, which the overlong penalty reads.
+        checklist: points that come with the request.
+        reference: an answer that this one is compared with; "" for none.
     """
 
     prompt: str
@@ -43,6 +56,8 @@ class RewardSample:
     completion: str
     stopped_at_answer: bool
     num_tokens: int = 0
+    checklist: tuple[str, ...] = ()
+    reference: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,8 +95,9 @@ class Scorer:
         kind: which form the template asks for.
         device: where the reward model and the sentence encoder run.
         max_completion_tokens: where completions are cut off, for the overlong penalty.
+        cache_path: file for the answers of servers; None keeps none.
     Raises:
-        UserError: if a model cannot be loaded.
+        UserError: if a model, function or key is not there.
     """
 
     def __init__(
@@ -90,51 +106,75 @@ class Scorer:
         kind: Literal["think", "direct"],
         device: "torch.device | str" = "cpu",
         max_completion_tokens: int = 0,
+        cache_path: Path | None = None,
     ) -> None:
         self.config = config
         self.max_completion_tokens = max_completion_tokens
         self.kind: Literal["think", "direct"] = kind
-        self.writing: WritingReward | None = None
-        self.encode: Callable[[list[str]], np.ndarray] | None = None
-        # The models bring in transformers, which a run without them does not wait for.
-        if config.writing.weight > 0:
-            from lwz_trainer.rewards import writing
+        self.sources: dict[str, tuple[RewardSource, threading.Lock]] = {}
+        """Beside each the lock of those who ask it: groups may be scored by several threads."""
+        # Models and servers bring in libraries that a run without them does not wait for.
+        if config.sourced:
+            from lwz_trainer.rewards.sources import make_source
 
-            self.writing = writing.WritingReward(config.writing, device)
+            self.sources = {
+                name: (make_source(_section(name), source, device, cache_path), threading.Lock())
+                for name, source in config.sourced.items()
+            }
+        self.encode: Callable[[list[str]], np.ndarray] | None = None
         if config.format.redundancy == "embedding":
             from lwz_trainer.rewards import encoder
 
             self.encode = encoder.SentenceEncoder(config.format.encoder, device)
 
     def score_samples(self, samples: list[RewardSample]) -> list[RewardParts]:
-        """Scores all samples, in order; a score does not depend on the other samples."""
+        """Scores all samples, in order; only a comparison depends on the others."""
         completions = [_parse(sample, self.config, self.kind) for sample in samples]
-        if self.writing is None:
-            writing_scores, is_truncated = [math.nan] * len(samples), [False] * len(samples)
-        else:
-            writing = self.writing.score(
-                [sample.prompt for sample in samples],
-                [completion.answer for completion in completions],
+        answers = [
+            Answer(
+                prompt=sample.prompt,
+                text=completion.answer,
+                thinking=completion.think,
+                length_range=sample.length_range,
+                checklist=sample.checklist,
+                reference=sample.reference,
             )
-            writing_scores, is_truncated = writing.scores, writing.is_truncated
-            for reason, count in Counter(writing.failures).items():
-                _logger.warning("reward 'writing' failed for %d completions: %s", count, reason)
+            for sample, completion in zip(samples, completions, strict=True)
+        ]
+        sourced = {name: self._ask(name, answers) for name in self.sources}
         return [
-            self._parts(sample, completion, writing_score, was_cut)
-            for sample, completion, writing_score, was_cut in zip(
-                samples, completions, writing_scores, is_truncated, strict=True
-            )
+            self._parts(sample, completions[index], sourced, index)
+            for index, sample in enumerate(samples)
         ]
 
+    def close(self) -> None:
+        """Ends connections to servers."""
+        for source, lock in self.sources.values():
+            with lock:
+                source.close()
+
+    def _ask(self, name: str, answers: list[Answer]) -> SourceScores:
+        """The scores of one source; what failed is in the log."""
+        source, lock = self.sources[name]
+        with lock:
+            scores = source.score(answers)
+        for reason, count in Counter(scores.failures).items():
+            _logger.warning("reward '%s' failed for %d completions: %s", name, count, reason)
+        return scores
+
     def _parts(
-        self, sample: RewardSample, completion: Completion, writing_score: float, was_cut: bool
+        self,
+        sample: RewardSample,
+        completion: Completion,
+        sourced: dict[str, SourceScores],
+        index: int,
     ) -> RewardParts:
         num_answer_words = count_words(completion.answer)
         redundancy = self._redundancy(completion.answer)
         rewards = {
             "length": self._length_reward(sample, num_answer_words),
             "format": completion.structure * (1 - redundancy.score),
-            "writing": writing_score,
+            **{name: scores.scores[index] for name, scores in sourced.items()},
             "overlong": overlong_reward(
                 sample.num_tokens,
                 max_tokens=self.max_completion_tokens,
@@ -142,6 +182,7 @@ class Scorer:
             ),
         }
         rewards = {name: rewards[name] for name in self.config.weights}
+        unasked = {n for n, scores in sourced.items() if not scores.is_applicable[index]}
         return RewardParts(
             completion=completion,
             num_think_words=count_words(completion.think),
@@ -149,8 +190,10 @@ class Scorer:
             redundancy=redundancy.score,
             repeated_spans=redundancy.spans,
             rewards=rewards,
-            not_applicable=_not_applicable(sample, self.config),
-            is_truncated_for_writing=was_cut,
+            not_applicable=_not_applicable(sample, self.config) | unasked,
+            is_truncated_for_writing=(
+                "writing" in sourced and sourced["writing"].is_truncated[index]
+            ),
         )
 
     def _length_reward(self, sample: RewardSample, num_words: int) -> float:
@@ -197,16 +240,17 @@ def failed_parts(
 
 
 def stack_rewards(
-    parts: list[RewardParts], group_size: int
+    parts: list[RewardParts], group_size: int, sourced: Collection[str] = ("writing",)
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Rewards and their applicability, as `group_advantages` takes them.
 
     A missing answer must not win: reward models have not learned what an empty one is worth. Its
-    writing reward is held at or below the lowest of the written answers in its group.
+    rewards from sources are held at or below the lowest of the written answers in its group.
 
     Args:
         parts: P * G scored samples; the G members of a group stand together.
         group_size: G.
+        sourced: rewards that come from a source.
     Returns:
         rewards: name to [P, G] float64, NaN where missing.
         is_applicable: name to [P, G] bool.
@@ -221,18 +265,40 @@ def stack_rewards(
         name: np.array([part.rewards[name] for part in parts], np.float64).reshape(shape)
         for name in names
     }
-    if "writing" in rewards:
-        is_written = np.array([part.completion.answer != "" for part in parts]).reshape(shape)
+    is_written = np.array([part.completion.answer != "" for part in parts]).reshape(shape)
+    for name in rewards.keys() & set(sourced):
         lowest_P1 = np.nanmin(
-            np.where(is_written, rewards["writing"], np.inf), axis=1, initial=np.inf, keepdims=True
+            np.where(is_written, rewards[name], np.inf), axis=1, initial=np.inf, keepdims=True
         )
-        capped = np.minimum(rewards["writing"], lowest_P1)
-        rewards["writing"] = np.where(is_written, rewards["writing"], capped)
+        capped = np.minimum(rewards[name], lowest_P1)
+        rewards[name] = np.where(is_written, rewards[name], capped)
     is_applicable = {
         name: np.array([name not in part.not_applicable for part in parts], bool).reshape(shape)
         for name in names
     }
     return rewards, is_applicable
+
+
+def compare_groups(
+    parts: list[RewardParts], group_size: int, config: RewardsConfig
+) -> tuple[dict[str, np.ndarray], GroupAdvantages]:
+    """Rewards [P, G] of whole groups, by name, and the advantages that section `rewards` makes.
+
+    Args:
+        parts: P * G scored samples; the G members of a group stand together.
+        group_size: G.
+        config: section `rewards`.
+    """
+    rewards, is_applicable = stack_rewards(parts, group_size, config.sourced)
+    advantages = group_advantages(
+        rewards,
+        config.weights,
+        config.normalization,
+        is_applicable=is_applicable,
+        relative=config.relative,
+        constraints=config.constraints,
+    )
+    return rewards, advantages
 
 
 def _parse(
@@ -249,3 +315,8 @@ def _parse(
 def _not_applicable(sample: RewardSample, config: RewardsConfig) -> frozenset[str]:
     is_unasked = "length" in config.weights and sample.length_range is None
     return frozenset({"length"} if is_unasked else ())
+
+
+def _section(name: str) -> str:
+    """The section of the configuration that holds a reward from a source."""
+    return "rewards.writing" if name == "writing" else f"rewards.others.{name}"

@@ -37,6 +37,8 @@ class Progress:
     policy_version: int
     expected_completion_tokens: float
     """The engine's running estimate, which decides admission."""
+    reference_levels: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Prompts that have left references behind, see `rewards.references`."""
 
 
 class _Resumable(Protocol):

@@ -19,7 +19,9 @@ from lwz_trainer.model.loading import (
     load_pretrained,
 )
 from lwz_trainer.model.source import resolve_model_dir
+from lwz_trainer.out_of_memory import is_out_of_memory
 from lwz_trainer.parallel import Ranks, start_teams
+from lwz_trainer.rewards.references import start_references
 from lwz_trainer.rollout.making import make_engine
 from lwz_trainer.timeline import Timeline
 from lwz_trainer.train.checkpoint import CheckpointStore, Progress
@@ -71,6 +73,7 @@ class Trainer:
             str(self._model_dir), dtype=dtype, device=ranks.device
         )
         self._prompts = PromptSet(config, self._tokenizer, self._model.config.max_positions)
+        self._references = start_references(config.rewards, self._prompts.prompts)
         self._timeline = Timeline(ranks.rank)
         self._scoring = make_scoring(config, self._prompts.kind, ranks.device, self._timeline)
         self._run_dir = Path(config.output_dir)
@@ -110,7 +113,13 @@ class Trainer:
                 in_thread=ranks.device.type == "cuda",
             )
         self._sampler = StepSampler(
-            config, ranks, self._engine, self._prompts, self._scoring, self._timeline
+            config,
+            ranks,
+            self._engine,
+            self._prompts,
+            self._scoring,
+            self._references,
+            self._timeline,
         )
         self._checkpoints = CheckpointStore(
             self._run_dir,
@@ -170,6 +179,7 @@ class Trainer:
         if found is None:
             return None
         update = self._update_policy(found, lr)
+        self._advance_references(found)
         self._step += 1
         records = sample_records(self._step, found.groups, opened=self._prompts.opened)
         times = {
@@ -232,6 +242,19 @@ class Trainer:
         self._policy_version += update.num_updates
         return update
 
+    def _advance_references(self, found: StepSamples) -> None:
+        """The scores of all ranks decide which references the next step is compared with."""
+        name = self._config.rewards.references_reward
+        if name is None:
+            return
+        mine = [
+            (group.ended.prompt.prompt.prompt, part.rewards[name])
+            for group in found.groups
+            for part in group.parts
+        ]
+        everyone = [pair for part in self._ranks.gather(mine) for pair in part]
+        self._references.advance([p for p, _ in everyone], [score for _, score in everyone])
+
     def _record(
         self,
         records: list[dict[str, Any]],
@@ -258,6 +281,8 @@ class Trainer:
             "update/tokens_per_s": update.num_packed_tokens / times["time/update_s"],
             "memory/peak_gb": memory,
         }
+        if self._config.rewards.references_reward is not None:
+            metrics["reward/reference_level"] = self._references.mean_level
         metrics["warnings"] = step_warnings(metrics)
         return metrics
 
@@ -277,6 +302,7 @@ class Trainer:
         self._step = self._saved_step = progress.step
         self._policy_version = progress.policy_version
         self._engine.expected_completion_tokens = progress.expected_completion_tokens
+        self._references.restore(progress.reference_levels)
         self._console.print(f"resumed from {latest}")
 
     def _save_if_due(self) -> None:
@@ -292,7 +318,12 @@ class Trainer:
         with self._timeline.span("checkpoint", "save"):
             self._checkpoints.save(
                 self._optimizer.state_dict(),
-                Progress(self._step, self._policy_version, self._engine.expected_completion_tokens),
+                Progress(
+                    self._step,
+                    self._policy_version,
+                    self._engine.expected_completion_tokens,
+                    self._references.levels,
+                ),
             )
         self._saved_step = self._step
 

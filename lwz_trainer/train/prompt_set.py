@@ -42,6 +42,11 @@ class PromptSet:
         return len(self._prompts)
 
     @property
+    def prompts(self) -> list[Prompt]:
+        """All of them, in the order of the file."""
+        return self._prompts
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest rendered prompt."""
         return max(len(ids) for ids in self._token_ids)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -64,13 +65,14 @@ def make_scoring(
         timeline: notes when.
     """
     pool, limit = config.rewards.pool, config.rollout.max_completion_tokens
+    cache_path = Path(config.output_dir) / "reward_answers.sqlite"
     if pool.workers == 0:
-        scorer = Scorer(config.rewards, kind, device, max_completion_tokens=limit)
+        scorer = Scorer(config.rewards, kind, device, limit, cache_path)
         return InlineScoring(scorer, timeline, by_group=config.update.packs_by_group)
     in_process = pool.kind == "process"
     place = "cpu" if in_process else str(device)
     return RewardPool(
-        partial(Scorer, config.rewards, kind, place, max_completion_tokens=limit),
+        partial(Scorer, config.rewards, kind, place, limit, cache_path),
         partial(failed_parts, config=config.rewards, kind=kind),
         set(config.rewards.weights),
         timeline,
@@ -122,7 +124,8 @@ class InlineScoring:
         self._waiting.clear()
 
     def close(self) -> None:
-        """There is nothing to end."""
+        """Ends the scorer's connections."""
+        self._scorer.close()
 
     def _score(self, samples: list[RewardSample]) -> list[RewardParts]:
         with self._timeline.span("reward", "score", completions=len(samples)):

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 from lwz_trainer.config.train import TrainConfig
 from lwz_trainer.parallel import Ranks
-from lwz_trainer.rewards.advantages import check_failures, group_advantages
-from lwz_trainer.rewards.score import RewardParts, RewardSample, stack_rewards
+from lwz_trainer.rewards.advantages import check_failures
+from lwz_trainer.rewards.references import ReferenceSchedule
+from lwz_trainer.rewards.score import RewardParts, RewardSample, compare_groups
 from lwz_trainer.rollout import EngineStats, RolloutInterrupted, Sample
 from lwz_trainer.rollout.interface import SamplingEngine
 from lwz_trainer.rollout.shared_work import SharedWork
@@ -67,6 +68,7 @@ class StepSampler:
         engine: draws samples.
         prompts: what is asked for.
         scoring: scores groups, maybe beside the decode.
+        references: what a prompt's answers are compared with, where a reward does that.
         timeline: notes when what happened.
     """
 
@@ -77,6 +79,7 @@ class StepSampler:
         engine: SamplingEngine,
         prompts: PromptSet,
         scoring: Scoring,
+        references: ReferenceSchedule,
         timeline: Timeline,
     ) -> None:
         self._config = config
@@ -84,6 +87,7 @@ class StepSampler:
         self._engine = engine
         self._prompts = prompts
         self._scoring = scoring
+        self._references = references
         self._timeline = timeline
         self._has_whole_groups = config.data.prompts_per_step % ranks.world_size == 0
         self._found = StepSamples()
@@ -217,6 +221,8 @@ class StepSampler:
                 completion=self._prompts.opened + sample.text,
                 stopped_at_answer=sample.stop_string == "</answer>",
                 num_tokens=len(sample.completion_ids),
+                checklist=prompt.checklist,
+                reference=self._references.current(prompt.prompt),
             )
             for sample in group.samples
         ]
@@ -271,14 +277,7 @@ class StepSampler:
             can_replace: a group without spread may get another prompt.
             hooks: the caller's part.
         """
-        rewards_config = self._config.rewards
-        rewards, is_applicable = stack_rewards(whole, len(whole))
-        advantages = group_advantages(
-            rewards,
-            rewards_config.weights,
-            rewards_config.normalization,
-            is_applicable=is_applicable,
-        )
+        rewards, advantages = compare_groups(whole, len(whole), self._config.rewards)
         # A group that several ranks share is counted by each of them: their shares are what counts.
         for name in rewards:
             for total, counts in (

@@ -18,6 +18,8 @@ class SampleScorer(Protocol):
 
     def score_samples(self, samples: list[RewardSample]) -> list[RewardParts]: ...
 
+    def close(self) -> None: ...
+
 
 class ScorerError(Exception):
     """What a scorer raised in its process, as text."""

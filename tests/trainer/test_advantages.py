@@ -1,11 +1,19 @@
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from lwz_trainer.config.rewards import ConstraintConfig
 from lwz_trainer.errors import UserError
-from lwz_trainer.rewards.advantages import GroupAdvantages, check_failures, group_advantages
+from lwz_trainer.rewards.advantages import (
+    GroupAdvantages,
+    check_failures,
+    constrain_advantages,
+    group_advantages,
+)
 
 NAN = float("nan")
 
@@ -201,3 +209,52 @@ def test_check_failures_accepts_the_limit_and_nothing_to_score() -> None:
     check_failures({"length": 0, "writing": 5}, {"length": 0, "writing": 10}, 0.5)
     with pytest.raises(UserError, match="limit 0%"):
         check_failures({"writing": 1}, {"writing": 1000}, 0.0)
+
+
+@given(
+    st.lists(st.tuples(st.floats(-3, 3), st.booleans()), min_size=2, max_size=8),
+    st.floats(0.01, 1),
+)
+def test_constrain_advantages_makes_every_violator_negative(
+    members: list[tuple[float, bool]], gap: float
+) -> None:
+    advantages_PG = np.array([[advantage for advantage, _ in members]])
+    breaks_PG = np.array([[breaks for _, breaks in members]])
+    constrained_PG = constrain_advantages(advantages_PG, breaks_PG, gap)
+    assert (constrained_PG[breaks_PG] <= -gap + 1e-9).all()
+    if not breaks_PG.all():
+        assert constrained_PG.mean() == pytest.approx(advantages_PG.mean(), abs=1e-9)
+    # The order among violators, and among the others, stays.
+    for side in (breaks_PG, ~breaks_PG):
+        moved = (constrained_PG - advantages_PG)[side]
+        assert np.ptp(moved) <= 1e-9 if moved.size else True
+    if (advantages_PG[breaks_PG] <= -gap).all():
+        np.testing.assert_array_equal(constrained_PG, advantages_PG)
+
+
+def test_constrain_advantages_by_hand() -> None:
+    # The violator has 0.5, one of four: it must fall by 0.6, so w = 0.8 and the others gain 0.2.
+    constrained = constrain_advantages(
+        np.array([[0.5, 0.5, -0.5, -0.5]]), np.array([[True, False, False, False]]), 0.1
+    )
+    np.testing.assert_allclose(constrained, [[-0.1, 0.7, -0.3, -0.3]])
+
+
+def test_group_advantages_keep_constraints_and_comparisons() -> None:
+    rewards = {
+        "format": np.array([[1.0, 1.0, 0.0, math.nan]]),
+        "writing": np.array([[-1.0, 0.0, 1.0, 1.0]]),
+    }
+    weights = {"format": 1.0, "writing": 1.0}
+    plain = group_advantages(rewards, weights, "zscore", relative=["writing"])
+    np.testing.assert_array_equal(plain.normalized["writing"], rewards["writing"])
+    constraints = ConstraintConfig(rewards=("format",), minimum=1.0, gap=0.3)
+    result = group_advantages(
+        rewards, weights, "zscore", relative=["writing"], constraints=constraints
+    )
+    # Only the third sample breaks the constraint: what is missing cannot be below the minimum.
+    expected = constrain_advantages(
+        plain.advantages_PG, np.array([[False, False, True, False]]), 0.3
+    )
+    np.testing.assert_allclose(result.advantages_PG, expected)
+    assert result.advantages_PG[0, 2] == pytest.approx(-0.3)

@@ -407,22 +407,22 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], expected: str
     assert "pass@" not in str(caught.value)
 
 
-def test_complete_and_classify_speak_to_their_addresses(tmp_path: Path) -> None:
+def test_complete_and_reward_speak_to_their_addresses(tmp_path: Path) -> None:
     def answer(body: dict[str, Any], number: int) -> Reply:
         if "prompt" in body:
             return Reply(json.dumps({"choices": [{"text": body["prompt"] + " and on"}]}))
-        rows = [{"index": 1, "probs": [0.25]}, {"index": 0, "probs": [0.75]}]
-        return Reply(json.dumps({"data": rows[: len(body["input"])]}))
+        row = {"index": 0, "probs": [-2.5]}
+        return Reply(json.dumps({"data": [row] * body.get("input", 1)}))
 
     async def run(config: EndpointConfig) -> None:
         async with Endpoint(config, tmp_path / "answers.sqlite") as endpoint:
             assert await endpoint.complete("once", parse=str) == "once and on"
-            assert await endpoint.classify(["a", "b"]) == [[0.75], [0.25]]
-            with pytest.raises(EndpointError, match="expected 3 rows, got 2"):
-                await endpoint.classify(["a", "b", "c"])
+            assert await endpoint.reward("classify", input=1) == -2.5
+            with pytest.raises(EndpointError, match="too many values"):
+                await endpoint.reward("classify", input=2)
 
     with FaultServer(answer) as server:
         asyncio.run(run(make_config(server, max_attempts=1, temperature=0.5)))
         assert server.paths == ["/v1/completions", "/classify", "/classify"]
         assert server.bodies[0] == {"model": "judge", "prompt": "once", "temperature": 0.5}
-        assert server.bodies[1] == {"model": "judge", "input": ["a", "b"]}
+        assert server.bodies[1] == {"model": "judge", "use_activation": False, "input": 1}

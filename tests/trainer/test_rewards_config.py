@@ -1,15 +1,20 @@
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tyro
 
+from lwz_trainer.config.endpoint import EndpointConfig
+from lwz_trainer.config.reading import dump_config, load_config, parse_command_line
 from lwz_trainer.config.rewards import (
+    ConstraintConfig,
     FormatRewardConfig,
     LengthRewardConfig,
     RewardsConfig,
     WritingRewardConfig,
 )
+from lwz_trainer.config.train import TrainConfig
 from lwz_trainer.errors import UserError
 
 
@@ -49,6 +54,8 @@ def test_rewards_config_fields_all_have_a_flag_with_help(
         tyro.cli(RewardsConfig, args=["--help"])
     text = capsys.readouterr().out
     for section in fields(RewardsConfig):
+        if section.name == "others":  # only names that a file gives have flags
+            continue
         nested = getattr(RewardsConfig(), section.name)
         names = [f"{section.name}.{f.name}" for f in fields(nested)] if is_dataclass(nested) else []
         for name in names or [section.name]:
@@ -70,10 +77,6 @@ def test_rewards_config_fields_all_have_a_flag_with_help(
         (FormatRewardConfig, {"shingle_size": 0}, "shingle_size must be at least 1, got 0"),
         (FormatRewardConfig, {"redundancy": "embedding"}, "needs rewards.format.encoder"),
         (FormatRewardConfig, {"encoder": "dir"}, "only used with .* 'embedding'"),
-        (WritingRewardConfig, {"weight": -0.5}, "writing.weight must be a finite number"),
-        (WritingRewardConfig, {"weight": 1.0}, "writing.model is empty"),
-        (WritingRewardConfig, {"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        (WritingRewardConfig, {"max_tokens": 3}, "max_tokens must be at least 16, got 3"),
         (RewardsConfig, {"normalization": "rank"}, "zscore or minmax, got 'rank'"),
         (RewardsConfig, {"max_failed_frac": 1.5}, r"max_failed_frac must be in \[0, 1\]"),
     ],
@@ -89,3 +92,81 @@ def test_rewards_config_refuses_what_cannot_be(
 def test_rewards_config_refuses_to_learn_nothing() -> None:
     with pytest.raises(UserError, match="every weight is 0"):
         RewardsConfig(length=LengthRewardConfig(weight=0.0), format=FormatRewardConfig(weight=0.0))
+
+
+SERVER = EndpointConfig(base_url="http://localhost:1/v1", model="judge")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight": -0.5}, "weight must be a finite number"),
+        ({"weight": 1.0}, "model is empty"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"max_tokens": 3}, "max_tokens must be at least 16, got 3"),
+        ({"source": "oracle"}, "source must be one of model, classify, .*, got 'oracle'"),
+        ({"criteria": ()}, "criteria must hold at least one text"),
+        ({"criteria": ("good", " ")}, "criteria must hold at least one text"),
+        ({"advance_above": 1.0}, r"advance_above must be in \[0, 1\), got 1.0"),
+        ({"weight": 1.0, "source": "judge"}, "source 'judge' asks a server: set .*base_url"),
+        ({"weight": 1.0, "source": "function"}, "function must be an import path"),
+        ({"weight": 1.0, "source": "function", "function": "no_colon"}, "function .*no_colon"),
+        ({"weight": 1.0, "model": "rm", "criteria": ("a",)}, "criteria is only used with .* judge"),
+        ({"weight": 1.0, "model": "rm", "function": "a:b"}, "function is only used with"),
+        ({"weight": 1.0, "model": "rm", "endpoint": SERVER}, "endpoint is only used with"),
+        (
+            {"weight": 1.0, "source": "judge", "endpoint": SERVER, "model": "rm"},
+            "model is only used with .* model or classify or pooling, got 'judge'",
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", ["writing", "others.taste"])
+def test_rewards_config_refuses_a_bad_source_by_its_sections_name(
+    name: str, settings: dict[str, Any], message: str
+) -> None:
+    section = WritingRewardConfig(**settings)
+    rewards = {"writing": section} if name == "writing" else {"others": {"taste": section}}
+    with pytest.raises(UserError, match=f"rewards.{name}.{message}") as error:
+        RewardsConfig(**rewards)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["length", "writing", "Taste", "a-b", ""])
+def test_rewards_config_refuses_a_bad_name(name: str) -> None:
+    with pytest.raises(UserError, match="cannot be a name"):
+        RewardsConfig(others={name: WritingRewardConfig()})
+
+
+def test_rewards_config_reads_further_rewards_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    text = (
+        "rewards:\n  others:\n    taste:\n      weight: 0.5\n      source: judge\n"
+        "      criteria: [wit]\n      endpoint:\n        base_url: http://localhost:1/v1\n"
+        "        model: judge\n"
+    )
+    path.write_text(text)
+    config = load_config(TrainConfig, path)
+    assert config.rewards.weights == {"length": 1.0, "format": 1.0, "taste": 0.5}
+    assert config.rewards.sourced["taste"].criteria == ("wit",)
+    path.write_text(dump_config(config))
+    assert load_config(TrainConfig, path) == config
+    arguments = [str(path), "--rewards.others.taste.weight=0.7"]
+    changed = parse_command_line(TrainConfig, arguments, prog="x").rewards
+    assert changed.weights["taste"] == 0.7
+    assert changed.sourced["taste"].criteria == ("wit",)
+    path.write_text(text.replace("weight", "wait"))
+    with pytest.raises(UserError, match=r"'rewards.others.taste.wait'; did you mean .*weight"):
+        load_config(TrainConfig, path)
+
+
+def test_rewards_config_refuses_constraints_that_are_off() -> None:
+    with pytest.raises(UserError, match=r"names 'writing', expected one of .*: length, format"):
+        RewardsConfig(constraints=ConstraintConfig(rewards=("writing",)))
+    with pytest.raises(UserError, match="gap must be above 0, got 0"):
+        ConstraintConfig(gap=0)
+
+
+def test_rewards_config_refuses_two_rewards_with_references() -> None:
+    section = WritingRewardConfig(weight=1.0, source="references", endpoint=SERVER)
+    with pytest.raises(UserError, match="two rewards have the source 'references'"):
+        RewardsConfig(writing=section, others={"taste": section})

@@ -123,9 +123,8 @@ def test_scorer_writing_reads_the_answer_and_not_the_thinking(
     assert abs(scores[0] - scores[2]) > 1e-3
     assert [part.is_truncated_for_writing for part in parts] == [False, False, False, True]
 
-    assert scorer.writing is not None
     with torch.no_grad():
-        scorer.writing.model.score.weight.fill_(math.nan)
+        scorer.sources["writing"][0].reward.model.score.weight.fill_(math.nan)
     with caplog.at_level(logging.WARNING):
         parts = scorer.score_samples(samples)
     assert all(math.isnan(part.rewards["writing"]) for part in parts)
