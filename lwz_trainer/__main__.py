@@ -19,6 +19,7 @@ commands:
                                                               longbench-write: answer and judge
   prepare [CONFIG.yaml] --inputs FILE … [--field=value …]     chat logs to writing requests with
                                                               word ranges
+  reward-model [CONFIG.yaml] [--section.field=value …]        train a reward model on pairs
   view RUN [RUN …] [--out FILE]                               write an HTML page of runs
 
 `COMMAND --help` lists its options."""
@@ -67,14 +68,18 @@ def _run(command: str, argv: list[str]) -> None:
         from lwz_trainer.prepare.command import prepare_command
 
         prepare_command(argv)
+    elif command == "reward-model":
+        from lwz_trainer.reward_model.command import reward_model_command
+
+        reward_model_command(argv)
     elif command == "view":
         from lwz_trainer.view.command import view_command
 
         view_command(argv)
     else:
         raise UserError(
-            f"unknown command '{command}': expected train, pretrain, generate, eval, prepare or "
-            "view; see --help"
+            f"unknown command '{command}': expected train, pretrain, reward-model, generate, eval, "
+            "prepare or view; see --help"
         )
 
 

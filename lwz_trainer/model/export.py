@@ -1,8 +1,12 @@
-"""Writes a decoder as a Hugging Face directory that transformers and inference servers load."""
+"""Writes a decoder as a Hugging Face directory that transformers and inference servers load.
+
+As the language model that it is or, with a score head, as a model for sequence classification.
+"""
 
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,16 +21,25 @@ from lwz_trainer.model.decoder import Decoder
 from lwz_trainer.model.loading import load_hf_config
 from lwz_trainer.model.parameter_names import CheckpointSlice, checkpoint_slices
 
-__all__ = ["save_pretrained", "write_weights"]
+__all__ = ["ScoreHead", "save_pretrained", "write_weights"]
 
 MAX_SHARD_BYTES = 5_000_000_000
 
 _GENERATION_CONFIG = "generation_config.json"
-_ARCHITECTURES: dict[Family, str] = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
+_CLASS_PREFIXES: dict[Family, str] = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+
+
+@dataclass(frozen=True)
+class ScoreHead:
+    """What makes a decoder a sequence classifier with one label.
+
+    Args:
+        weight: [1, D].
+        pad_token_id: a score is read at the last token that is not this one.
+    """
+
+    weight: Tensor
+    pad_token_id: int
 
 
 def save_pretrained(
@@ -36,6 +49,7 @@ def save_pretrained(
     out_dir: Path,
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    score_head: ScoreHead | None = None,
 ) -> None:
     """Writes config.json, safetensors, tokenizer and chat template; the directory appears whole.
 
@@ -47,6 +61,8 @@ def save_pretrained(
         out_dir: must not exist, or be empty.
         max_shard_bytes: safetensors files stay at or below this size, unless one tensor is larger.
             At most one shard is copied in memory at a time.
+        score_head: written in place of the language model's head, as a model for sequence
+            classification.
 
     Raises:
         UserError: `out_dir` has content or cannot be written, or `source` describes another model.
@@ -64,10 +80,16 @@ def save_pretrained(
         )
     try:
         with atomic_directory(out_dir) as partial:
-            write_weights(decoder, partial, max_shard_bytes=max_shard_bytes)
-            _write_config(decoder, hf_config, partial)
+            write_weights(
+                decoder, partial, max_shard_bytes=max_shard_bytes, score_head=score_head
+            )
+            _write_config(decoder, hf_config, partial, score_head)
             tokenizer.save_pretrained(partial)
-            if isinstance(source, Path) and (source / _GENERATION_CONFIG).is_file():
+            if (
+                score_head is None
+                and isinstance(source, Path)
+                and (source / _GENERATION_CONFIG).is_file()
+            ):
                 shutil.copyfile(source / _GENERATION_CONFIG, partial / _GENERATION_CONFIG)
     except OSError as error:
         raise UserError(
@@ -75,9 +97,17 @@ def save_pretrained(
         ) from error
 
 
-def _write_config(decoder: Decoder, hf_config: PreTrainedConfig, out_dir: Path) -> None:
+def _write_config(
+    decoder: Decoder, hf_config: PreTrainedConfig, out_dir: Path, score_head: ScoreHead | None
+) -> None:
     written = type(hf_config).from_dict(hf_config.to_dict())
-    written.architectures = [_ARCHITECTURES[decoder.config.family]]
+    prefix = _CLASS_PREFIXES[decoder.config.family]
+    if score_head is None:
+        written.architectures = [f"{prefix}ForCausalLM"]
+    else:
+        written.architectures = [f"{prefix}ForSequenceClassification"]
+        written.num_labels = 1
+        written.pad_token_id = score_head.pad_token_id
     written.dtype = decoder.embed.dtype
     written.save_pretrained(out_dir)
 
@@ -88,22 +118,27 @@ def write_weights(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     names_tied_head: bool = False,
+    score_head: ScoreHead | None = None,
 ) -> None:
     """The safetensors files of `save_pretrained`, and their index if there are several.
 
     Args:
         decoder: the weights.
         out_dir: an empty directory.
-        max_shard_bytes: as in `save_pretrained`.
+        max_shard_bytes, score_head: as in `save_pretrained`.
         names_tied_head: as in `checkpoint_slices`.
     """
-    parameters = dict(decoder.named_parameters())
+    parameters: dict[str, Tensor] = dict(decoder.named_parameters())
+    pieces = checkpoint_slices(decoder.config, names_tied_head=names_tied_head)
+    if score_head is not None:
+        pieces = [piece for piece in pieces if piece.parameter != "lm_head"]
+        pieces.append(CheckpointSlice("score.weight", "score", 0, 1))
+        parameters["score"] = score_head.weight
 
     def rows(piece: CheckpointSlice) -> Tensor:
         return parameters[piece.parameter].detach()[piece.start : piece.stop]
 
-    slices = checkpoint_slices(decoder.config, names_tied_head=names_tied_head)
-    shards = list(_shards(slices, rows, max_shard_bytes))
+    shards = list(_shards(pieces, rows, max_shard_bytes))
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file_name = (

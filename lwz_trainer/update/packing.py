@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lwz_kernels.sequence_parallel import SequenceLayout
 
-__all__ = ["MicroBatch", "TrainSample", "empty_microbatch", "pack_samples"]
+__all__ = ["MicroBatch", "TrainSample", "empty_microbatch", "first_fit", "pack_samples"]
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,25 @@ def pack_samples(
     of the arguments.
     """
     units = _split_groups(samples, budget_tokens) if share_prompts else _single_units(samples)
-    bins: list[tuple[int, list[_Unit]]] = []
-    for unit in sorted(units, key=lambda unit: (-unit.num_tokens, unit.members[0].sample)):
-        for index, (total, content) in enumerate(bins):
-            if total + unit.num_tokens <= budget_tokens:
-                bins[index] = (total + unit.num_tokens, [*content, unit])
+    units.sort(key=lambda unit: unit.members[0].sample)
+    bins = first_fit([unit.num_tokens for unit in units], budget_tokens)
+    return [_build([units[i] for i in indices], share_prompts=share_prompts) for indices in bins]
+
+
+def first_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """First-fit decreasing: indices of `sizes` in bins whose sizes sum to at most `budget`.
+
+    What is larger than the budget has a bin of its own. Equal sizes keep their order.
+    """
+    bins: list[tuple[int, list[int]]] = []
+    for item in sorted(range(len(sizes)), key=lambda item: -sizes[item]):
+        for number, (total, content) in enumerate(bins):
+            if total + sizes[item] <= budget:
+                bins[number] = (total + sizes[item], [*content, item])
                 break
         else:
-            bins.append((unit.num_tokens, [unit]))
-    return [_build(content, share_prompts=share_prompts) for _, content in bins]
+            bins.append((sizes[item], [item]))
+    return [content for _, content in bins]
 
 
 def empty_microbatch() -> MicroBatch:

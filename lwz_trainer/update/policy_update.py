@@ -31,7 +31,7 @@ from lwz_trainer.update.packing import TrainSample, pack_samples
 from lwz_trainer.update.sharded_adamw import ShardedAdamW
 from lwz_trainer.update.sharding import PlacedPack, place_packs
 from lwz_trainer.update.totals import UpdateMetrics, UpdateTotals
-from lwz_trainer.update.work import Work, make_idle_work, make_work
+from lwz_trainer.update.work import Work, can_share_prompts, make_idle_work, make_work
 
 __all__ = ["PolicyUpdate", "UpdateMetrics"]
 
@@ -70,8 +70,7 @@ class PolicyUpdate:
         self._timeline = timeline or Timeline()
         self._offload = HostOffload(ranks.device) if section.offload_layers else None
         shares = config.share_prompts
-        shares_prefixes = section.attention in ("triton", "torch", "reference")
-        can_share = ranks.device.type == "cpu" or shares_prefixes
+        can_share = can_share_prompts(ranks.device, section.attention)
         self._share_prompts = can_share if shares is None else shares
         self._samples: dict[int, TrainSample] = {}
         self._old: dict[int, Tensor] = {}

@@ -15,7 +15,14 @@ from lwz_trainer.parallel import Teams
 from lwz_trainer.update.packing import MicroBatch, empty_microbatch
 from lwz_trainer.update.sharding import PlacedPack, document_lengths, shard_microbatch
 
-__all__ = ["PackedAttend", "ShardedAttend", "Work", "make_idle_work", "make_work"]
+__all__ = [
+    "PackedAttend",
+    "ShardedAttend",
+    "Work",
+    "can_share_prompts",
+    "make_idle_work",
+    "make_work",
+]
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,11 @@ class Work:
         if self.group is not None:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
         return bool(flag)
+
+
+def can_share_prompts(device: torch.device, impl: str) -> bool:
+    """Whether attention under this setting knows prompts that several sequences share."""
+    return device.type == "cpu" or impl in ("triton", "torch", "reference")
 
 
 def make_work(pack: PlacedPack, teams: Teams, device: torch.device, impl: str) -> Work:
