@@ -19,7 +19,6 @@ from lwz_trainer.model.loading import (
     load_pretrained,
 )
 from lwz_trainer.model.source import resolve_model_dir
-from lwz_trainer.out_of_memory import is_out_of_memory
 from lwz_trainer.parallel import Ranks, start_teams
 from lwz_trainer.rewards.references import start_references
 from lwz_trainer.rollout.making import make_engine
