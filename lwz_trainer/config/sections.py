@@ -126,6 +126,11 @@ class RolloutConfig:
             raise UserError(f"rollout.engine must be own, vllm or vllm_server, got '{self.engine}'")
         if self.engine == "vllm_server":
             self.server.require()
+        if self.share_work and self.engine != "own":
+            raise UserError(
+                f"rollout.share_work hands samples over between own engines, got rollout.engine "
+                f"{self.engine}: use one of them"
+            )
 
 
 @dataclass(frozen=True)

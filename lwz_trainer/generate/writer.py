@@ -12,7 +12,7 @@ from lwz_trainer.errors import UserError
 from lwz_trainer.model.linear import resolve_dtype
 from lwz_trainer.model.loading import load_pretrained
 from lwz_trainer.model.source import resolve_model_dir
-from lwz_trainer.rollout.making import make_engine
+from lwz_trainer.rollout.making import make_own_engine
 
 __all__ = ["Writer"]
 
@@ -38,7 +38,7 @@ class Writer:
         texts = [renderer.text(prompt, self.tokenizer) for prompt in prompts]
         self.prompt_ids = [renderer.token_ids(text, self.tokenizer) for text in texts]
         max_tokens = self._max_tokens(prompts, model.config.max_positions)
-        self.engine = make_engine(
+        self.engine = make_own_engine(
             model,
             self.tokenizer,
             model_dir,

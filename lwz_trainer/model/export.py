@@ -80,9 +80,7 @@ def save_pretrained(
         )
     try:
         with atomic_directory(out_dir) as partial:
-            write_weights(
-                decoder, partial, max_shard_bytes=max_shard_bytes, score_head=score_head
-            )
+            write_weights(decoder, partial, max_shard_bytes=max_shard_bytes, score_head=score_head)
             _write_config(decoder, hf_config, partial, score_head)
             tokenizer.save_pretrained(partial)
             if (
@@ -154,7 +152,7 @@ def write_weights(
         save_file(tensors, out_dir / file_name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file_name)
     if len(shards) > 1:
-        total_size = sum(rows(piece).nbytes for piece in slices)
+        total_size = sum(rows(piece).nbytes for piece in pieces)
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         (out_dir / "model.safetensors.index.json").write_text(
             json.dumps(index, indent=2) + "\n", encoding="utf-8"

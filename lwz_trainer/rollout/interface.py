@@ -5,6 +5,7 @@ from typing import Protocol
 
 from lwz_trainer.rollout.engine import EngineStats, OnBurst, Progress
 from lwz_trainer.rollout.sequence import Request, Sample
+from lwz_trainer.rollout.shared_work import SharedWork
 
 __all__ = ["SamplingEngine"]
 
@@ -25,7 +26,7 @@ class SamplingEngine(Protocol):
 
     def generate(
         self,
-        requests: list[Request],
+        requests: list[Request] | SharedWork,
         *,
         seed: int,
         step: int,
@@ -37,7 +38,7 @@ class SamplingEngine(Protocol):
         """All samples of all requests, in order of their sample numbers, from the present weights.
 
         Args:
-            requests: the groups.
+            requests: the groups; SharedWork with the own engine only.
             seed, step: with the sample number what a sample's randomness is keyed by.
             policy_version: kept with every sample; a new one means that the weights have changed.
             on_progress: called now and then with (samples done, tokens).

@@ -13,7 +13,7 @@ from lwz_trainer.rollout.interface import SamplingEngine
 from lwz_trainer.rollout.kv_cache import kv_memory_limit
 from lwz_trainer.rollout.vllm import VllmEngine, VllmServerEngine
 
-__all__ = ["make_engine"]
+__all__ = ["make_engine", "make_own_engine"]
 
 
 def make_engine(
@@ -45,10 +45,17 @@ def make_engine(
             memory_limit_bytes=memory_limit_bytes,
             is_launched=ranks is not None and ranks.group is not None,
         )
+    return make_own_engine(model, tokenizer, model_dir, config)
+
+
+def make_own_engine(
+    model: Decoder, tokenizer: PreTrainedTokenizerBase, model_dir: Path, config: RolloutConfig
+) -> RolloutEngine:
+    """As `make_engine`, whatever `config.engine` says."""
     return RolloutEngine(
         model,
         tokenizer,
-        eos_ids=eos_ids,
+        eos_ids=resolve_eos_ids(tokenizer, load_generation_config(model_dir)),
         config=config,
-        memory_limit_bytes=memory_limit_bytes,
+        memory_limit_bytes=kv_memory_limit(model.embed.device),
     )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lwz_trainer.config.train import TrainConfig
-from lwz_trainer.errors import TrainingStopped, UserError
+from lwz_trainer.errors import UserError
 from lwz_trainer.model.architecture import ModelConfig
 from lwz_trainer.model.decoder import Decoder
 from lwz_trainer.model.export import save_pretrained

@@ -15,6 +15,7 @@ from lwz_trainer.errors import TrainingStopped, UserError
 from lwz_trainer.model.decoder import Decoder
 from lwz_trainer.rollout.engine import EngineStats, OnBurst, Progress, RolloutInterrupted
 from lwz_trainer.rollout.sequence import Request, Sample
+from lwz_trainer.rollout.shared_work import SharedWork
 from lwz_trainer.rollout.stopping import StopChecker
 from lwz_trainer.rollout.vllm.probe import NUM_PROBE_TOKENS, check_probe, probe_fields
 from lwz_trainer.rollout.vllm.record import (
@@ -107,7 +108,7 @@ class VllmEngine:
 
     def generate(
         self,
-        requests: list[Request],
+        requests: list[Request] | SharedWork,
         *,
         seed: int,
         step: int,
@@ -117,6 +118,7 @@ class VllmEngine:
         on_burst: OnBurst | None = None,
     ) -> tuple[list[Sample], EngineStats]:
         """As `SamplingEngine.generate`; a sample's seed is keyed by (seed, step, sample)."""
+        assert not isinstance(requests, SharedWork), "the configuration refuses it"
         started = time.perf_counter()
         if self._engine is None:
             longest = max(len(request.prompt_ids) for request in requests)

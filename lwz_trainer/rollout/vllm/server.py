@@ -20,6 +20,7 @@ from lwz_trainer.model.export import write_weights
 from lwz_trainer.parallel import Ranks
 from lwz_trainer.rollout.engine import EngineStats, OnBurst, Progress, RolloutInterrupted
 from lwz_trainer.rollout.sequence import Request, Sample
+from lwz_trainer.rollout.shared_work import SharedWork
 from lwz_trainer.rollout.stopping import StopChecker
 from lwz_trainer.rollout.vllm.probe import NUM_PROBE_TOKENS, check_probe, probe_fields
 from lwz_trainer.rollout.vllm.record import finished_sample, sample_seed, sampling_fields
@@ -89,7 +90,7 @@ class VllmServerEngine:
 
     def generate(
         self,
-        requests: list[Request],
+        requests: list[Request] | SharedWork,
         *,
         seed: int,
         step: int,
@@ -103,6 +104,7 @@ class VllmServerEngine:
         `should_stop` is asked whenever a completion arrives; the server is then told to drop the
         others by closing their connections.
         """
+        assert not isinstance(requests, SharedWork), "the configuration refuses it"
         started = time.perf_counter()
         samples: list[Sample] = []
         label = f"{self._run}-{policy_version}"
