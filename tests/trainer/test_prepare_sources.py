@@ -170,7 +170,7 @@ def test_find_files_looks_into_directories(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"expected a \.parquet or \.jsonl file, got '\.md'"):
         find_files(str(tmp_path / "README.md"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"holds no \.parquet and no \.jsonl file"):
+    with pytest.raises(UserError, match=r"holds no \.parquet or \.jsonl file"):
         find_files(str(tmp_path / "empty"))
     with pytest.raises(UserError, match="no input at /no/such/place"):
         find_files("/no/such/place")
