@@ -170,7 +170,7 @@ def _sft(out: Path, pretrained: Path, sizes: Sizes) -> None:
 def _reward_model(out: Path, model: str) -> None:
     _trainer(
         "reward-model",
-        str(ROOT / "configs" / "reward_model_cpu.yaml"),
+        str(ROOT / "configs" / "reward_model" / "cpu.yaml"),
         f"--model.path={model}",
         f"--output_dir={out / 'reward_model'}",
         f"--data.pairs={out / 'pairs.jsonl'}",

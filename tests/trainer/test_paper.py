@@ -15,6 +15,7 @@ from lwz_trainer.config.generate import GenerateCommandConfig
 from lwz_trainer.config.prepare import PrepareConfig
 from lwz_trainer.config.pretrain import PretrainConfig
 from lwz_trainer.config.reading import dump_config, load_config, parse_command_line
+from lwz_trainer.config.reward_model import RewardModelConfig
 from lwz_trainer.config.train import TrainConfig
 from lwz_trainer.pretrain.forecast import forecast_pretrain_memory
 from tests.trainer.test_config import all_fields
@@ -33,8 +34,11 @@ PAGE = (ROOT / "docs" / "paper.md").read_text()
 
 
 def config_class(path: Path) -> Any:
-    """That of `pretrain` where texts are named, else that of `train`."""
-    return PretrainConfig if "sources" in yaml.safe_load(path.read_text())["data"] else TrainConfig
+    """By what the data are: texts, pairs, or requests."""
+    data = yaml.safe_load(path.read_text())["data"]
+    if "pairs" in data:
+        return RewardModelConfig
+    return PretrainConfig if "sources" in data else TrainConfig
 
 
 def paper_rows() -> list[tuple[str, str, list[str]]]:
