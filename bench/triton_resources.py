@@ -154,6 +154,9 @@ def _attention_variants() -> Variants:
     return {
         "K=64": lambda: _attention(64),
         "K=128": lambda: _attention(128),
+        "K=64 + window": lambda: _attention(64, window_size=1024),
+        "K=128 + window": lambda: _attention(128, window_size=1024),
+        "K=128 + to fp32": lambda: _attention(128, grad_dtype=FP32),
         "K=128 + window + to fp32": lambda: _attention(128, window_size=1024, grad_dtype=FP32),
         "K=128 + prefixes": lambda: _attention(128, prefix_of=(-1, 0)),
     }

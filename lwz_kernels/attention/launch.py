@@ -36,21 +36,40 @@ class KernelConfigs:
 
     fwd: TileConfig
     dkv: TileConfig
+    dkv_narrow: TileConfig
+    """With a window, whose bounds take registers, or with gradients in fp32."""
     dq: TileConfig
 
 
-# Chosen by spills and shared memory of the compiled kernels at K = 64 and 128, not by time.
+# Chosen by spills and shared memory at K = 64 and 128, as Triton 3.6 and 3.9 compile the kernels,
+# not by time.
 _SM_80 = KernelConfigs(
     fwd=TileConfig(128, 32, num_warps=8, num_stages=3),
-    dkv=TileConfig(32, 64, num_warps=8, num_stages=2),
+    dkv=TileConfig(32, 64, num_warps=8, num_stages=1),
+    dkv_narrow=TileConfig(16, 64, num_warps=8, num_stages=1),
     dq=TileConfig(64, 64, num_warps=8, num_stages=2),
 )
-_SM_90 = replace(_SM_80, fwd=TileConfig(128, 64, num_warps=8, num_stages=3))
-_SM_100 = replace(_SM_90, dkv=TileConfig(64, 64, num_warps=8, num_stages=1))
+_SM_90 = replace(
+    _SM_80,
+    fwd=TileConfig(128, 64, num_warps=8, num_stages=3),
+    dkv=TileConfig(32, 64, num_warps=8, num_stages=2),
+    dkv_narrow=TileConfig(16, 64, num_warps=8, num_stages=2),
+)
+_SM_100 = replace(
+    _SM_90,
+    dkv=TileConfig(64, 64, num_warps=8, num_stages=1),
+    dkv_narrow=TileConfig(64, 64, num_warps=8, num_stages=1),
+)
+_SM_100_SMALL_HEADS = replace(
+    _SM_100,
+    dkv=TileConfig(128, 64, num_warps=8, num_stages=1),
+    dkv_narrow=TileConfig(128, 64, num_warps=8, num_stages=1),
+)
 # The interpreter pays by the operation; blocks of two sizes, so that they cannot be confused.
 _INTERPRETED = KernelConfigs(
     fwd=TileConfig(16, 32, num_warps=1, num_stages=1),
     dkv=TileConfig(16, 32, num_warps=1, num_stages=1),
+    dkv_narrow=TileConfig(16, 32, num_warps=1, num_stages=1),
     dq=TileConfig(32, 16, num_warps=1, num_stages=1),
 )
 
@@ -145,7 +164,8 @@ def attention_bwd_triton(
     }
     with torch.cuda.device_of(q):
         configs = _configs(q)
-        config = configs.dkv
+        takes_registers = window_size is not None or grad_dtype == torch.float32
+        config = configs.dkv_narrow if takes_registers else configs.dkv
         if num_keys > 0:
             tiles, ranges = _key_tiles_on(q.device, table, config, window_size)
             attention_bwd_dkv_kernel[(tiles.shape[0] * num_kv_heads,)](
@@ -183,8 +203,10 @@ def _configs(q: Tensor) -> KernelConfigs:
     capability = target_arch()
     if capability == 90:
         return _SM_90
+    if capability in (100, 103):
+        return _SM_100 if q.shape[2] > 64 else _SM_100_SMALL_HEADS
     # Other devices have less shared memory; the tiles of sm_80 fit into 99 KiB.
-    return _SM_100 if capability in (100, 103) else _SM_80
+    return _SM_80
 
 
 def _padded(head_size: int) -> int:

@@ -1,8 +1,10 @@
 """Numbers of one step, from the records of all its samples and from the rollout."""
 
 import math
+import re
 import resource
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -100,6 +102,11 @@ def peak_memory_gb(device: torch.device) -> float:
     """Peak of this process so far: resident on a CPU, allocated on a GPU, in units of 1e9 bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss begins with what a large parent held at the fork
+        peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if peak is not None:
+            return int(peak[1]) * 1024 / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
