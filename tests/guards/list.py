@@ -116,9 +116,9 @@ GUARDS = {
     ),
     "gradients_summed_in_bf16": Guard(
         "dK and dV are summed over ranks in bf16",
-        "lwz_kernels.sequence_parallel.communication",
-        "return start_reduce_scatter(x.to(wide_dtype(x.dtype)), group).wait().to(x.dtype)",
-        "return start_reduce_scatter(x, group).wait()",
+        "lwz_kernels.sequence_parallel.gather_kv",
+        "grad_dtype=wide_dtype(q.dtype)",
+        "grad_dtype=q.dtype",
         PARALLEL,
     ),
     "gradients_of_a_group_rounded": Guard(
