@@ -132,11 +132,6 @@ class Burst:
         self._logprobs_KB = zeros(max_steps, max_rows, dtype=torch.float32)
         self._replays: dict[int, Callable[[], None]] = {}
 
-    @property
-    def num_graphs(self) -> int:
-        """Batch sizes that have been captured."""
-        return len(self._replays)
-
     def run(self, rows: DecodeRows, num_steps: int) -> tuple[list[list[int]], list[list[float]]]:
         """Draws up to `num_steps` tokens for every row.
 

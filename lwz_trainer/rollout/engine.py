@@ -70,6 +70,8 @@ class _Phase:
     scheduler: Scheduler
     cache: PagedKVCache
     page_table: Tensor
+    num_written: list[int]
+    """Pages that stand in each row of the page table."""
     burst: Burst
     prefill_tokens: int
     num_decode_steps: int = 0
@@ -222,6 +224,7 @@ class RolloutEngine:
             ),
             cache=cache,
             page_table=torch.zeros(max_num_seqs, pages_each, dtype=torch.int32),
+            num_written=[0] * max_num_seqs,
             burst=Burst(
                 self._model,
                 cache,
@@ -338,7 +341,8 @@ class RolloutEngine:
         self, phase: _Phase, running: list[Sequence], num_steps: int, *, seed: int, step: int
     ) -> DecodeRows:
         for sequence in running:
-            self._write_page_row(phase, sequence)
+            if len(sequence.pages) > phase.num_written[sequence.row]:
+                self._write_page_row(phase, sequence)
         positions_B = torch.tensor([sequence.num_cached for sequence in running])
         samples_B = torch.tensor([sequence.sample for sequence in running])
         num_columns = (int(positions_B.max()) + num_steps - 1) // self._config.page_size + 1
@@ -371,6 +375,7 @@ class RolloutEngine:
     def _write_page_row(self, phase: _Phase, sequence: Sequence) -> None:
         pages = torch.tensor(sequence.pages, dtype=torch.int32)
         phase.page_table[sequence.row, : len(pages)] = pages
+        phase.num_written[sequence.row] = len(pages)
 
     def _sample(
         self, phase: _Phase, sequences: list[Sequence], hidden_BD: Tensor, *, seed: int, step: int
