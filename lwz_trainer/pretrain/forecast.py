@@ -21,8 +21,8 @@ from lwz_trainer.train.forecast import (
     PROBE_ROWS,
     MemoryForecast,
     forecast_memory,
-    memory_table,
     num_parameters,
+    print_memory,
     seconds_of,
 )
 
@@ -94,12 +94,7 @@ def print_pretrain_forecast(
         return
     console = Console(highlight=False)
     console.print(dump_config(config), markup=False)
-    total = None if device_gb is None else int(device_gb * 1e9)
-    if total is None and ranks.device.type == "cuda":
-        total = torch.cuda.get_device_properties(ranks.device).total_memory
-    console.print(memory_table(memory, total, world_size))
-    for misfit in memory.misfits(total) if total else []:
-        console.print(f"DOES NOT FIT, {misfit}", markup=False)
+    print_memory(console, memory, ranks.device, device_gb=device_gb, num_ranks=world_size)
     tokens = config.data.batch_size * config.data.context_tokens
     console.print(
         f"A step of {tokens:,} tokens takes about {step_s:,.0f} s on this machine's "

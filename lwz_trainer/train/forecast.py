@@ -29,9 +29,9 @@ __all__ = [
     "PROBE_ROWS",
     "MemoryForecast",
     "forecast_memory",
-    "memory_table",
     "num_parameters",
     "print_forecast",
+    "print_memory",
     "seconds_of",
 ]
 
@@ -300,12 +300,7 @@ def print_forecast(
         return
     console = Console(highlight=False)
     console.print(dump_config(config), markup=False)
-    total = None if device_gb is None else int(device_gb * 1e9)
-    if total is None and ranks.device.type == "cuda":
-        total = torch.cuda.get_device_properties(ranks.device).total_memory
-    console.print(memory_table(memory, total, world_size))
-    for misfit in memory.misfits(total) if total else []:
-        console.print(f"DOES NOT FIT, {misfit}", markup=False)
+    print_memory(console, memory, ranks.device, device_gb=device_gb, num_ranks=world_size)
     console.print(
         f"A step takes at most about {rollout_s + update_s:,.0f} s on this machine's "
         f"{ranks.device.type} (rollout {rollout_s:,.0f} s, update {update_s:,.0f} s) if every "
@@ -314,7 +309,24 @@ def print_forecast(
     )
 
 
-def memory_table(memory: MemoryForecast, device_bytes: int | None, world_size: int) -> Table:
+def print_memory(
+    console: Console,
+    memory: MemoryForecast,
+    device: torch.device,
+    *,
+    device_gb: float | None,
+    num_ranks: int,
+) -> None:
+    """The table, and what does not fit: into `device_gb` GB, or where None into the GPU at hand."""
+    total = None if device_gb is None else int(device_gb * 1e9)
+    if total is None and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    console.print(_memory_table(memory, total, num_ranks))
+    for misfit in memory.misfits(total) if total else []:
+        console.print(f"DOES NOT FIT, {misfit}", markup=False)
+
+
+def _memory_table(memory: MemoryForecast, device_bytes: int | None, world_size: int) -> Table:
     """What each rank holds, and whether that fits `device_bytes`."""
     title = f"Forecast, {world_size} rank{'s' if world_size > 1 else ''}"
     table = Table("memory on each rank", "phase", "GB", title=title)
