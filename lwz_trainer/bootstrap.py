@@ -28,8 +28,9 @@ TESTS = [
     ["-m", "ruff", "format", "--check", "."],
     ["-m", "mypy"],
     ["-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"],
-    # A file a worker: fixtures that compile or spawn ranks are a file's own.
-    ["-m", "pytest", "--numprocesses=2", "--dist=loadfile"],
+    # A file a worker, in the order of tests/conftest.py: fixtures that compile or spawn ranks are a
+    # file's own.
+    ["-m", "pytest", "--numprocesses=2", "--dist=loadfile", "--no-loadscope-reorder"],
 ]
 
 

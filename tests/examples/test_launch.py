@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.test_watch import free_port
+from tests.processes import free_port
 from tests.trainer.train_case import ROOT, make_run_args, read_metrics
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]

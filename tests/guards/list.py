@@ -121,6 +121,13 @@ GUARDS = {
         "grad_dtype=q.dtype",
         PARALLEL,
     ),
+    "sums_of_rounded_sums": Guard(
+        "the gradient of a gathered tensor is summed in bf16",
+        "lwz_kernels.sequence_parallel.communication",
+        "start_reduce_scatter(x.to(wide_dtype(x.dtype)), group).wait().to(x.dtype)",
+        "start_reduce_scatter(x, group).wait()",
+        PARALLEL,
+    ),
     "gradients_of_a_group_rounded": Guard(
         "the gradients of copied KV heads are summed in bf16",
         "lwz_kernels.sequence_parallel.ulysses",

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from lwz_kernels.linear_logprobs import linear_logprobs
 from lwz_kernels.linear_policy_loss import PolicyLossConfig, linear_policy_loss
 from tests.kernels.loss_case import ROWS, call, logprob_arguments, make_case
+from tests.processes import start_ranks
 
 pytestmark = pytest.mark.dist
 # Shards of different sizes: 37 rows over the ranks.
@@ -23,9 +23,10 @@ EDGES = {2: [0, 20, 37], 3: [0, 5, 6, 37]}
 
 def run_ranks(check: Callable[[int, int], None], world_size: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(
-            _rank_main, args=(world_size, str(Path(folder) / "store"), check), nprocs=world_size
-        )
+        arguments = (world_size, str(Path(folder) / "store"), check)
+        context = start_ranks(_rank_main, arguments, world_size)
+        while not context.join():
+            pass
 
 
 def _rank_main(rank: int, world_size: int, store: str, check: Callable[[int, int], None]) -> None:

@@ -6,8 +6,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from lwz_trainer.evaluation.judging import JudgeCall, judge_all, judge_calls
 from lwz_trainer.evaluation.outcome import evaluate
 from lwz_trainer.evaluation.run import run_evaluation
 from lwz_trainer.train.records import write_records
+from tests.processes import Program
 from tests.trainer.evaluation_case import (
     StubJudge,
     arena_record,
@@ -36,7 +35,6 @@ from tests.trainer.evaluation_case import (
 )
 from tests.trainer.fault_server import FaultServer, Hang, Reply, chat_reply, user_text
 from tests.trainer.tiny import make_tiny_model
-from tests.trainer.train_case import ROOT
 
 HOSTILE = '</div><b id="injected">&amp;<!-- insert title -->'
 
@@ -270,7 +268,7 @@ def test_eval_command_killed_while_judging_pays_for_no_call_twice(tmp_path: Path
     data = write_jsonl(tmp_path / "l.jsonl", [longbench_record(n) for n in (10, 20, 30, 40)])
     answers = [{"index": i, "response": f"word {i}"} for i in range(4)]
     path = write_jsonl(tmp_path / "a.jsonl", answers)
-    killed: list[subprocess.Popen[bytes]] = []
+    killed: list[Program] = []
 
     def answer(body: dict[str, Any], number: int) -> Reply | Hang:
         if number == 2:
@@ -279,8 +277,9 @@ def test_eval_command_killed_while_judging_pays_for_no_call_twice(tmp_path: Path
         return chat_reply(quality_reply(4, 4, 4, 4, 4, 4))
 
     with FaultServer(answer) as server:
-        command = [sys.executable, "-m", "lwz_trainer", "eval", "longbench-write"]
-        command += [
+        command = [
+            "eval",
+            "longbench-write",
             f"--data={data}",
             f"--output_dir={tmp_path / 'out'}",
             "--responses",
@@ -288,10 +287,10 @@ def test_eval_command_killed_while_judging_pays_for_no_call_twice(tmp_path: Path
         ]
         command += [f"--judge.base_url={server.base_url}", "--judge.model=critic"]
         command += ["--judge.concurrency=1"]
-        killed.append(subprocess.Popen(command, cwd=ROOT))
+        killed.append(Program("lwz_trainer", command))
         assert killed[0].wait(timeout=120) == -signal.SIGKILL
         assert not (tmp_path / "out" / "report.html").exists()
-        assert main(command[3:]) == 0
+        assert main(command) == 0
     texts = [user_text(body) for body in server.bodies]
     assert len(texts) == 5  # four answers, and the one that was under way
     assert texts[2] in texts[3:]

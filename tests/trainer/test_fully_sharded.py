@@ -18,7 +18,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from lwz_kernels.linear_policy_loss import linear_policy_loss
@@ -35,6 +34,7 @@ from lwz_trainer.update import policy_update
 from lwz_trainer.update.packing import TrainSample
 from lwz_trainer.update.policy_update import PolicyUpdate
 from lwz_trainer.update.work import make_idle_work
+from tests.processes import start_ranks
 from tests.trainer.test_sequence_parallel_update import GRPO_KL, SEQUENCE_LEVEL, TOKEN_LEVEL
 from tests.trainer.test_sequence_parallel_update import make_samples as make_samples_of_lengths
 from tests.trainer.tiny import make_tiny_model
@@ -230,7 +230,7 @@ def found() -> Iterator[dict[int, list[dict[str, Any]]]]:
         results = {1: [{key: run_case(case, folder, 0) for key, case in alone.items()}]}
         for world_size in (2, 4):
             (folder / "store").unlink(missing_ok=True)
-            context = mp.spawn(_rank_main, (world_size, name), world_size, join=False)
+            context = start_ranks(_rank_main, (world_size, name), world_size)
             for process in context.processes:
                 process.join(200)
                 if process.is_alive():

@@ -29,7 +29,7 @@ def kill_after_a_step(arguments: list[str], run_dir: Path) -> None:
     with started(["lwz_trainer", *arguments]) as processes:
         deadline = time.monotonic() + 200
         while not (run_dir / "checkpoints" / "latest").exists() and time.monotonic() < deadline:
-            assert processes[0].poll() is None, "it ended before its first checkpoint"
+            assert processes[0].returncode is None, "it ended before its first checkpoint"
             time.sleep(0.02)
 
 

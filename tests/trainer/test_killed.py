@@ -1,17 +1,15 @@
 """SIGKILL between any two phases: the resumed run is the uninterrupted one, bit for bit."""
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lwz_trainer.__main__ import main
+from tests.processes import Program
 from tests.trainer.test_train import assert_same_runs
-from tests.trainer.train_case import ROOT, make_run_args, read_metrics
+from tests.trainer.train_case import make_run_args, read_metrics
 
 SETTINGS: dict[str, Any] = {"num_steps": 3, "checkpoint.every": 1, "log.tensorboard": False}
 INTERLEAVED = {"update.schedule": "interleaved", "update.deterministic": True}
@@ -45,16 +43,9 @@ def test_train_killed_in_a_phase_resumes_to_the_same_run(
     settings = SETTINGS | (INTERLEAVED if schedule == "interleaved" else {})
     name = marker.replace(" ", "_")
     arguments = make_run_args(folder, name, **settings)
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.trainer.killed_run", marker, *arguments],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
+    process = Program("tests.trainer.killed_run", [marker, *arguments])
+    _, err = process.communicate()
+    assert process.returncode == -signal.SIGKILL, err[-2000:]
     assert len(read_metrics(folder / name)) == num_recorded
     assert (folder / name / "checkpoints" / "latest").read_text() == "step_000001"
     assert main(arguments) == 0

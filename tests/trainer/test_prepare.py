@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -19,6 +17,7 @@ from lwz_trainer.config.prepare import LocalJudgeConfig
 from lwz_trainer.data.prompts import load_prompts
 from lwz_trainer.prepare.local_judge import LocalJudge
 from lwz_trainer.prepare.questions import Question
+from tests.processes import Program
 from tests.trainer.fault_server import FaultServer, Hang, Reply, Reset, chat_reply, user_text
 from tests.trainer.tiny import make_tiny_model
 
@@ -244,24 +243,12 @@ def test_prepare_counts_failures_and_asks_again_for_what_had_no_answer(
     assert report["kept"] == len(REQUESTS) - 2
 
 
-def run_command(args: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "lwz_trainer", *args],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A parent that ignores SIGINT, as a job in the background does, would pass that on.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        env={**os.environ, "NO_PROXY": "127.0.0.1"},
-    )
-
-
 @pytest.mark.parametrize("kill_at", [0, 3, 8])
 def test_prepare_goes_on_after_a_kill_without_repeating_a_call(
     tmp_path: Path, kill_at: int
 ) -> None:
     write_jsonl(tmp_path / "in.jsonl", [conversation(request) for request in REQUESTS])
-    process: subprocess.Popen[str] | None = None
+    process: Program | None = None
 
     def answer(body: dict[str, Any], number: int) -> Reply | Hang:
         if number == kill_at:
@@ -273,7 +260,7 @@ def test_prepare_goes_on_after_a_kill_without_repeating_a_call(
     with FaultServer(answer) as server:
         # One request at a time: then the server knows which answers had arrived before the kill.
         args = make_args(tmp_path, server, **{"endpoint.concurrency": 1})
-        process = run_command(args)
+        process = Program("lwz_trainer", args, {"NO_PROXY": "127.0.0.1"})
         process.communicate(timeout=200)
         assert process.returncode == -signal.SIGKILL
         assert len(server.bodies) == kill_at + 1
@@ -297,7 +284,7 @@ def test_prepare_goes_on_after_a_kill_without_repeating_a_call(
 
 def test_prepare_that_is_interrupted_ends_in_one_line(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "in.jsonl", [conversation(request) for request in REQUESTS])
-    process: subprocess.Popen[str] | None = None
+    process: Program | None = None
 
     def answer(body: dict[str, Any], number: int) -> Reply:
         if number == 3:
@@ -308,7 +295,7 @@ def test_prepare_that_is_interrupted_ends_in_one_line(tmp_path: Path) -> None:
 
     with FaultServer(answer) as server:
         args = make_args(tmp_path, server, **{"endpoint.concurrency": 1})
-        process = run_command(args)
+        process = Program("lwz_trainer", args, {"NO_PROXY": "127.0.0.1"})
         _, errors = process.communicate(timeout=200)
         assert process.returncode == 1
         assert errors == "error: interrupted; the same command goes on\n"

@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lwz_trainer.__main__ import main
+from tests.processes import Program
 from tests.trainer.pretrain_case import make_pretrain_args
 from tests.trainer.test_bad_input import assert_refused
 from tests.trainer.test_train import final_weights, wait_for_new_step
-from tests.trainer.train_case import ROOT, read_metrics, run_cli
+from tests.trainer.train_case import read_metrics, run_cli
 
 
 def assert_same_runs(one: Path, other: Path) -> None:
@@ -78,12 +77,7 @@ def test_pretrain_killed_resumes_to_the_same_run(tmp_path: Path) -> None:
     assert main(make_pretrain_args(tmp_path, "whole", **settings)) == 0
     arguments = make_pretrain_args(tmp_path, "killed", **settings)
     for _ in range(2):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "lwz_trainer", *arguments],
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        process = Program("lwz_trainer", arguments)
         wait_for_new_step(tmp_path / "killed", process)
         process.kill()
         process.wait()
@@ -93,17 +87,11 @@ def test_pretrain_killed_resumes_to_the_same_run(tmp_path: Path) -> None:
 
 def test_pretrain_saves_and_leaves_on_a_signal(tmp_path: Path) -> None:
     arguments = make_pretrain_args(tmp_path, **{"num_steps": 500, "checkpoint.every": 0})
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lwz_trainer", *arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = Program("lwz_trainer", arguments)
     wait_for_new_step(tmp_path / "run", process)
     process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, out
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
     assert "stopped by SIGTERM" in out
     last = read_metrics(tmp_path / "run")[-1]["step"]
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step_{last:06d}"

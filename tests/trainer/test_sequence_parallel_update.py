@@ -15,7 +15,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from lwz_kernels.attention import attention
@@ -32,6 +31,7 @@ from lwz_trainer.update.optimizer import FlatAdamW
 from lwz_trainer.update.packing import TrainSample
 from lwz_trainer.update.policy_update import PolicyUpdate
 from lwz_trainer.update.work import ShardedAttend
+from tests.processes import start_ranks
 from tests.trainer.tiny import VOCAB_SIZE, make_tiny_model
 
 pytestmark = pytest.mark.timeout(900)
@@ -226,7 +226,7 @@ def found() -> Iterator[dict[int, list[dict[str, Any]]]]:
         results[1] = [alone]
         for world_size in (2, 4):
             (folder / "store").unlink(missing_ok=True)
-            context = mp.spawn(_rank_main, (world_size, name), world_size, join=False)
+            context = start_ranks(_rank_main, (world_size, name), world_size)
             for process in context.processes:
                 process.join(250)
                 if process.is_alive():

@@ -3,8 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lwz_trainer.__main__ import main
-from tests.trainer.train_case import ROOT, make_run_args, read_metrics, run_cli
+from tests.processes import Program
+from tests.trainer.train_case import make_run_args, read_metrics, run_cli
 
 
 def final_weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -111,12 +110,7 @@ def test_train_killed_anywhere_resumes_to_the_same_run(tmp_path: Path) -> None:
     assert main(make_run_args(tmp_path, "whole", **settings)) == 0
     arguments = make_run_args(tmp_path, "killed", **settings)
     for wait_s in (0.0, 0.05, 0.3):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "lwz_trainer", *arguments],
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        process = Program("lwz_trainer", arguments)
         wait_for_new_step(tmp_path / "killed", process)
         time.sleep(wait_s)
         process.kill()
@@ -125,12 +119,12 @@ def test_train_killed_anywhere_resumes_to_the_same_run(tmp_path: Path) -> None:
     assert_same_runs(tmp_path / "whole", tmp_path / "killed")
 
 
-def wait_for_new_step(run_dir: Path, process: subprocess.Popen) -> None:
+def wait_for_new_step(run_dir: Path, process: Program) -> None:
     """Returns when the run has written one more step than it had."""
     path = run_dir / "metrics.jsonl"
     start = path.read_text().count("\n") if path.exists() else 0
     deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
+    while process.returncode is None and time.monotonic() < deadline:
         if path.exists() and path.read_text().count("\n") > start:
             return
         time.sleep(0.01)
@@ -149,17 +143,11 @@ def test_train_saves_and_leaves_on_a_signal(
     tmp_path: Path, number: signal.Signals, settings: dict[str, Any]
 ) -> None:
     settings = settings | {"num_steps": 200, "checkpoint.every": 0, "log.tensorboard": False}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lwz_trainer", *make_run_args(tmp_path, **settings)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = Program("lwz_trainer", make_run_args(tmp_path, **settings))
     wait_for_new_step(tmp_path / "run", process)
     process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, out
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
     assert f"stopped by {number.name}" in out
     steps = len(read_metrics(tmp_path / "run"))
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step_{steps:06d}"

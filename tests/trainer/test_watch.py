@@ -1,10 +1,6 @@
 """A rank that dies or stalls: every other one names it and its phase, in time, and fails."""
 
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,55 +8,37 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.train_case import ROOT, make_run_args, read_metrics
+from tests.processes import Program, rank_environment
+from tests.trainer.train_case import make_run_args, read_metrics
 
 pytestmark = pytest.mark.dist
 
 TIMEOUT_S = 24.0
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("localhost", 0))
-        return server.getsockname()[1]
-
-
 @contextmanager
-def started(command: list[str], num_ranks: int = 2) -> Iterator[list[subprocess.Popen]]:
+def started(command: list[str], num_ranks: int = 2) -> Iterator[list[Program]]:
     """The ranks without torchrun, which would end the others itself."""
-    shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", *command],
-            cwd=ROOT,
-            env=os.environ | shared | {"RANK": str(rank), "WORLD_SIZE": str(num_ranks)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(num_ranks)
-    ]
+    processes = [Program(command[0], command[1:], env) for env in rank_environment(num_ranks)]
     try:
         yield processes
     finally:
         for process in processes:
             process.kill()
-            process.communicate()
+            process.wait()
 
 
 def watched(mode: str, bad_rank: int, timeout_s: float = TIMEOUT_S) -> list[str]:
     return ["tests.trainer.watched_rank", mode, str(bad_rank), str(timeout_s)]
 
 
-def wait_for_line(process: subprocess.Popen, line: str) -> None:
-    assert process.stdout is not None
-    for found in process.stdout:
-        if found.strip() == line:
-            return
+def wait_for_line(process: Program, line: str) -> None:
+    if line in process.lines():
+        return
     raise AssertionError(f"{line!r} never came: {process.communicate()[1][-2000:]}")
 
 
-def outcome(process: subprocess.Popen) -> tuple[int, str, float]:
+def outcome(process: Program) -> tuple[int, str, float]:
     """Exit code, stderr, seconds until then."""
     since = time.monotonic()
     _, err = process.communicate(timeout=60)

@@ -1,17 +1,16 @@
 """Tiny runs of the whole program: a random model, a few prompts, real files."""
 
 import json
-import os
+import signal
 import subprocess
-import sys
+import time
 from pathlib import Path
 from typing import Any
 
+from tests.processes import ROOT, Program, rank_environment
 from tests.trainer.tiny import make_tiny_model
 
 __all__ = ["ROOT", "make_run_args", "read_metrics", "run_cli"]
-
-ROOT = Path(__file__).resolve().parents[2]
 
 # Measured, not computed: they differ between two runs of the same thing.
 CLOCKS = ("time/", "rollout/tokens_per_s", "update/tokens_per_s", "memory/")
@@ -55,19 +54,23 @@ def make_run_args(tmp_path: Path, name: str = "run", **settings: Any) -> list[st
 def run_cli(
     arguments: list[str], *, processes: int = 1, timeout: float = 240, env: dict | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """The program in a process of its own (or several, through torchrun)."""
-    command = [sys.executable, "-m"]
-    if processes > 1:
-        command += ["torch.distributed.run", "--nproc-per-node", str(processes)]
-        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m"]
-    return subprocess.run(
-        [*command, "lwz_trainer", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
+    """The program in a process of its own, or in several that torchrun could have started."""
+    environments = rank_environment(processes) if processes > 1 else [{}]
+    ranks = [Program("lwz_trainer", arguments, found | (env or {})) for found in environments]
+    deadline = time.monotonic() + timeout
+    while any(rank.returncode is None for rank in ranks) and time.monotonic() < deadline:
+        if any(rank.returncode for rank in ranks):
+            break  # the others are ended, as torchrun would
+        time.sleep(0.01)
+    codes = [rank.returncode for rank in ranks]
+    for rank in ranks:
+        rank.send_signal(signal.SIGTERM)
+    outputs = [rank.communicate() for rank in ranks]
+    return subprocess.CompletedProcess(
+        arguments,
+        next((code for code in codes if code != 0), 0),
+        "".join(out for out, _ in outputs),
+        "".join(err for _, err in outputs),
     )
 
 
