@@ -72,16 +72,15 @@ def _set_up() -> None:
     _pip("install", "torch>=2.11" if shutil.which("nvidia-smi") else TORCH)
     _pip("install", "--editable", ".[test]")
     _pip("install", "--no-deps", DEMO_MODEL)
+    # On all cores, where pip would use one; some libraries bring files that no Python compiles.
+    subprocess.run([PYTHON, "-m", "compileall", "-qq", "-j", "0", str(VENV)], check=False)
     STAMP.write_text(fingerprint)
 
 
 def _pip(*arguments: str) -> None:
     print("$", "pip", *arguments, flush=True)
-    subprocess.run(
-        [PYTHON, "-m", "pip", "--disable-pip-version-check", *arguments, "--quiet"],
-        cwd=ROOT,
-        check=True,
-    )
+    options = ["--disable-pip-version-check", "--no-compile", "--quiet"]
+    subprocess.run([PYTHON, "-m", "pip", *arguments, *options], cwd=ROOT, check=True)
 
 
 def _fingerprint() -> str:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 import zlib
 from collections.abc import Iterator
 
@@ -29,6 +30,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    if "tests.processes" in sys.modules:  # a collected file starts processes
+        sys.modules["tests.processes"].start_fork_server()
 
 
 @pytest.fixture(autouse=True)

@@ -15,30 +15,42 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 from torch.multiprocessing.spawn import ProcessContext, start_processes
 
-__all__ = ["ROOT", "Program", "free_port", "rank_environment", "start_ranks"]
+__all__ = [
+    "ROOT",
+    "Program",
+    "free_port",
+    "rank_environment",
+    "start_fork_server",
+    "start_ranks",
+]
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# OpenMP reads it when it is loaded, which is in the fork server.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-multiprocessing.set_forkserver_preload(
-    [
-        "lwz_trainer.train.loop",
-        "lwz_trainer.pretrain.loop",
-        "lwz_trainer.reward_model.loop",
-        "lwz_trainer.evaluation.run",
-        "lwz_trainer.prepare.pipeline",
-        "torch.distributed.checkpoint",
-        "torch.distributed.fsdp",
-        "torch.utils.tensorboard",
-        "transformers.models.llama.modeling_llama",
-    ]
-)
+PRELOAD = [
+    "lwz_trainer.train.loop",
+    "lwz_trainer.pretrain.loop",
+    "lwz_trainer.reward_model.loop",
+    "lwz_trainer.evaluation.run",
+    "lwz_trainer.prepare.pipeline",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.utils.tensorboard",
+    "transformers.models.llama.modeling_llama",
+]
+
+
+def start_fork_server() -> None:
+    """Called when tests were collected: bench.loss_head has named a list of its own by then."""
+    # OpenMP reads it when it is loaded.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    multiprocessing.set_forkserver_preload(PRELOAD)
+    forkserver.ensure_running()
 
 
 class Program:
