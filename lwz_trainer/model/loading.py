@@ -41,7 +41,7 @@ _MAX_NAMES_IN_ERROR = 3
 
 
 def load_pretrained(
-    path: str, *, dtype: torch.dtype, device: torch.device | str
+    path: str, *, dtype: torch.dtype, device: torch.device | str, is_empty: bool = False
 ) -> tuple[Decoder, PreTrainedTokenizerBase]:
     """The decoder and tokenizer of a model; deterministic.
 
@@ -49,6 +49,7 @@ def load_pretrained(
         path: as in `resolve_model_dir`.
         dtype: of the parameters; the checkpoint's values are rounded to it.
         device: of the parameters.
+        is_empty: as in `load_decoder`.
 
     Raises:
         UserError: no such model, an architecture or setting that is not supported, damaged or
@@ -58,7 +59,7 @@ def load_pretrained(
     # The tokenizer first: its errors are cheaper to find than the weights are to read.
     tokenizer = load_tokenizer(model_dir)
     resolve_eos_ids(tokenizer, load_generation_config(model_dir))
-    decoder = load_decoder(model_dir, dtype=dtype, device=device)
+    decoder = load_decoder(model_dir, dtype=dtype, device=device, is_empty=is_empty)
     if len(tokenizer) > decoder.config.vocab_size:
         raise UserError(
             f"the tokenizer in {model_dir} has {len(tokenizer)} tokens, expected at most the "
@@ -137,15 +138,20 @@ def resolve_eos_ids(
     return tuple(sorted(int(token_id) for token_id in ids))
 
 
-def load_decoder(model_dir: Path, *, dtype: torch.dtype, device: torch.device | str) -> Decoder:
+def load_decoder(
+    model_dir: Path, *, dtype: torch.dtype, device: torch.device | str, is_empty: bool = False
+) -> Decoder:
     """The decoder of a local directory in Hugging Face layout.
 
     Args:
         model_dir: with config.json and safetensors, in one file or in shards with an index.
         dtype: of the parameters.
         device: of the parameters.
+        is_empty: read no weights, for a rank that is given them by another one.
     """
     config = ModelConfig.from_hf(load_hf_config(model_dir))
+    if is_empty:
+        return Decoder(config, device=device, dtype=dtype)
     wanted = {piece.name: piece for piece in checkpoint_slices(config)}
     files = _names_by_file(model_dir)
     _check_names(model_dir, wanted, {name for names in files.values() for name in names}, config)

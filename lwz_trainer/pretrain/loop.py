@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,13 @@ from lwz_trainer.pretrain.rows import SUFFIXES, RowReader
 from lwz_trainer.pretrain.stream import Batch, BatchReader, MixedStream, SourceStream
 from lwz_trainer.pretrain.update import CrossEntropyUpdate, StepLoss
 from lwz_trainer.pretrain.windows import Window
-from lwz_trainer.train.checkpoint import CheckpointStore
-from lwz_trainer.train.console import RunConsole
 from lwz_trainer.train.metrics import peak_memory_gb
-from lwz_trainer.train.recorder import Recorder, prepare_run_dir
+from lwz_trainer.train.recorder import prepare_run_dir
+from lwz_trainer.train.run import Run
 from lwz_trainer.train.signals import StopSignal
 from lwz_trainer.train.starting import started_ranks
-from lwz_trainer.update.optimizer import FlatAdamW, learning_rate
+from lwz_trainer.train.weights import TrainedWeights, loading_place
+from lwz_trainer.update.optimizer import learning_rate
 
 __all__ = ["Pretrainer", "run_pretrain"]
 
@@ -61,8 +62,6 @@ class Pretrainer:
     def __init__(self, config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> None:
         self._config = config
         self._ranks = ranks
-        self._stop = stop
-        self._console = RunConsole(is_main=ranks.is_main, progress=config.log.progress)
         files = _files("data.sources", config.data.sources)
         held_out_files = _files("data.held_out", config.data.held_out)
         self._data_digest = _digest(config, files)
@@ -72,74 +71,52 @@ class Pretrainer:
         teams = start_teams(config.parallel, ranks, heads=sizes.heads, kv_heads=sizes.kv_heads)
         dtype = resolve_dtype(config.model.dtype, ranks.device)
         self._model, self._tokenizer = load_pretrained(
-            str(self._model_dir), dtype=dtype, device=ranks.device
+            str(self._model_dir), dtype=dtype, **loading_place(config.parallel, ranks)
         )
         reader = RowReader(config.data, self._tokenizer)
         self._stream = _mixed_stream(config, files, reader)
         self._held_out_names = list(held_out_files)
         self._held_out = _held_out_windows(config, held_out_files, reader)
         _refuse_without_text(files, reader)
-        self._run_dir = Path(config.output_dir)
-        if ranks.is_main:
-            # fp32 masters and two moments of every parameter.
-            size = 12 * sum(p.numel() for p in self._model.parameters())
-            prepare_run_dir(config, checkpoint_bytes=size)
-        ranks.barrier()
-        shard_group = ranks.group if config.parallel.shard_optimizer else None
-        self._optimizer = FlatAdamW(self._model, config.optim, shard_group)
-        self._update = CrossEntropyUpdate(
-            self._model, self._optimizer, ranks, teams, config.update, config.model
-        )
-        self._checkpoints = CheckpointStore(
-            self._run_dir,
+        prepare_run_dir(config, ranks, self._model)
+        weights = TrainedWeights(self._model, config, ranks)
+        self._run = Run(
+            config,
             ranks,
-            self._model.config,
-            dtype,
-            keep=config.checkpoint.keep,
+            stop,
+            sizes,
+            weights,
             progress=_Progress,
+            num_steps=config.num_steps,
+        )
+        self._console = self._run.console
+        self._update = CrossEntropyUpdate(
+            weights.trained, weights.optimizer, ranks, teams, config.update, config.model
         )
         self._reader = BatchReader(
             self._stream, config.data.batch_size * config.data.context_tokens
         )
         self._stream_state: dict[str, Any] = {}
         self._step = 0
-        self._saved_step = -1
 
     def train(self) -> None:
         """All remaining steps; saves and leaves when asked to stop."""
-        self._resume()
-        # The measurement before the first step is the record of step 0.
-        num_records = self._step if self._step else -1
-        recorder = (
-            Recorder(self._config, self._run_dir, num_steps_done=num_records)
-            if self._ranks.is_main
-            else None
-        )
-        self._announce()
-        try:
+        self._run.resume(self._restore)
+        with self._run.recording(self._step), closing(self._reader):
+            self._announce()
             if self._step == 0:
-                self._record({"step": 0} | self._measure(), recorder)
-            while self._step < self._config.num_steps and not self._must_stop():
-                self._record(self._train_step(), recorder)
-                self._save_if_due()
-        finally:
-            self._reader.close()
-            if recorder is not None:
-                recorder.close()
-        self._save()
-        if self._stop.is_set:
-            self._console.print(
-                f"stopped by {self._stop.name} after step {self._step}; the same command goes on"
-            )
-        elif recorder is not None:
-            if self._config.checkpoint.export and not (self._run_dir / "final").exists():
-                save_pretrained(
-                    self._model, self._tokenizer, self._model_dir, self._run_dir / "final"
-                )
-            from lwz_trainer.view.page import write_page
-
-            write_page([self._run_dir])
-            self._console.print(learned_line(recorder.history, self._run_dir))
+                self._record({"step": 0} | self._measure())
+            while self._step < self._config.num_steps and not self._run.must_stop():
+                self._record(self._train_step())
+                self._run.save_if_due(self._progress())
+        self._run.save(self._progress())
+        if self._run.was_stopped(self._step):
+            return
+        self._run.export(
+            lambda final: save_pretrained(self._model, self._tokenizer, self._model_dir, final)
+        )
+        if self._ranks.is_main:
+            self._run.conclude(learned_line(self._run.history, self._run.dir))
 
     def _train_step(self) -> dict[str, Any]:
         """One batch and its optimizer step; its metrics, on every rank."""
@@ -202,52 +179,29 @@ class Pretrainer:
             metrics[f"held_out/{name}_perplexity"] = math.exp(min(loss, 700.0))
         return metrics
 
-    def _record(self, metrics: dict[str, Any], recorder: Recorder | None) -> None:
-        if recorder is None or len(metrics) == 1:  # a measurement of nothing
+    def _record(self, metrics: dict[str, Any]) -> None:
+        if len(metrics) == 1:  # a measurement of nothing
             return
-        recorder.write(metrics)
+        lines = []
         if "loss" in metrics:
-            self._console.print(step_line(metrics, self._config.num_steps))
+            lines.append(step_line(metrics, self._config.num_steps))
         if any(name.startswith("held_out/") for name in metrics):
-            self._console.print(held_out_line(metrics))
+            lines.append(held_out_line(metrics))
+        self._run.record(metrics, *lines)
 
-    def _resume(self) -> None:
-        """Takes over the latest checkpoint, if there is one."""
-        latest = self._checkpoints.latest() if self._config.checkpoint.resume else None
-        if latest is None:
-            return
-        progress = self._checkpoints.read_progress(latest)
-        if progress.step > self._config.num_steps:
-            raise UserError(
-                f"checkpoint {latest} has {progress.step} steps, num_steps is "
-                f"{self._config.num_steps}: raise num_steps or pass another output_dir"
-            )
+    def _progress(self) -> _Progress:
+        return _Progress(self._step, self._stream_state, self._data_digest)
+
+    def _restore(self, progress: _Progress) -> None:
         if progress.data != self._data_digest:
             raise UserError(
-                f"checkpoint {latest} was written with other data (files, their sizes, data "
-                "settings or seed): use the same, or pass another output_dir"
+                f"the checkpoint of step {progress.step} in {self._run.dir} was written with other "
+                "data (files, their sizes, data settings or seed): use the same, or pass another "
+                "output_dir"
             )
-        self._checkpoints.load_tensors(latest, self._optimizer.state_dict())
-        self._optimizer.complete_weights()
         self._stream.restore(progress.stream)
-        self._step = self._saved_step = progress.step
-        self._console.print(f"resumed from {latest}")
-
-    def _save_if_due(self) -> None:
-        every = self._config.checkpoint.every
-        if every and self._step % every == 0:
-            self._save()
-
-    def _save(self) -> None:
-        """A checkpoint of the last complete step, unless it exists."""
-        if self._step in (0, self._saved_step):
-            return
-        self._ranks.enter(f"saving step {self._step}")
-        self._checkpoints.save(
-            self._optimizer.state_dict(),
-            _Progress(self._step, self._stream_state, self._data_digest),
-        )
-        self._saved_step = self._step
+        self._stream_state = progress.stream
+        self._step = progress.step
 
     def _announce(self) -> None:
         config, data = self._config, self._config.data
@@ -256,12 +210,8 @@ class Pretrainer:
             f"parameters, {str(self._model.embed.dtype).removeprefix('torch.')}, "
             f"{self._ranks.world_size} x {self._ranks.device.type}; "
             f"{', '.join(source.name for source in self._stream.sources)}; at most "
-            f"{data.batch_size * data.context_tokens:,} tokens a step, writing to {self._run_dir}"
+            f"{data.batch_size * data.context_tokens:,} tokens a step, writing to {self._run.dir}"
         )
-
-    def _must_stop(self) -> bool:
-        """True on every rank as soon as one was told to stop."""
-        return bool(self._ranks.max([float(self._stop.is_set)])[0])
 
     def _refuse_long_context(self, max_positions: int) -> None:
         context = self._config.data.context_tokens

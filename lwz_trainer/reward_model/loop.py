@@ -19,18 +19,18 @@ from lwz_trainer.parallel import Ranks
 from lwz_trainer.reward_model.batches import encode_pairs
 from lwz_trainer.reward_model.calibration import ScoredPair, heldout_metrics, heldout_report
 from lwz_trainer.reward_model.model import RewardModel, choose_pad_token_id
-from lwz_trainer.reward_model.pairs import Pair, load_pairs, split_by_prompt
+from lwz_trainer.reward_model.pairs import load_split
 from lwz_trainer.reward_model.report import report_markdown
 from lwz_trainer.reward_model.update import PairUpdate
 from lwz_trainer.rewards.encoding import AnswerEncoder
 from lwz_trainer.rewards.text import count_words
-from lwz_trainer.train.checkpoint import CheckpointStore
-from lwz_trainer.train.console import RunConsole
 from lwz_trainer.train.metrics import peak_memory_gb
-from lwz_trainer.train.recorder import Recorder, prepare_run_dir
+from lwz_trainer.train.recorder import prepare_run_dir
+from lwz_trainer.train.run import Run
 from lwz_trainer.train.signals import StopSignal
 from lwz_trainer.train.starting import started_ranks
-from lwz_trainer.update.optimizer import FlatAdamW, learning_rate
+from lwz_trainer.train.weights import TrainedWeights, loading_place
+from lwz_trainer.update.optimizer import learning_rate
 
 __all__ = ["RewardModelTrainer", "run_reward_model"]
 
@@ -55,10 +55,7 @@ class RewardModelTrainer:
     def __init__(self, config: RewardModelConfig, ranks: Ranks, stop: StopSignal) -> None:
         self._config = config
         self._ranks = ranks
-        self._stop = stop
-        self._console = RunConsole(is_main=ranks.is_main, progress=config.log.progress)
-        self._run_dir = Path(config.output_dir)
-        self._pairs, heldout = _load_split(config)
+        self._pairs, heldout = load_split(config.data, config.seed)
         self._model_dir = resolve_model_dir(config.model.path)
         self._tokenizer = load_tokenizer(self._model_dir)
         limit = int(load_hf_config(self._model_dir).max_position_embeddings)
@@ -71,61 +68,37 @@ class RewardModelTrainer:
         self._num_steps = int(update.num_epochs * len(self._pairs) / update.pairs_per_step)
         self._refuse_schedule()
         dtype = resolve_dtype(config.model.dtype, ranks.device)
-        decoder = load_decoder(self._model_dir, dtype=dtype, device=ranks.device)
+        place = loading_place(config.parallel, ranks)
+        decoder = load_decoder(self._model_dir, dtype=dtype, **place)
         self._model = RewardModel(decoder)
-        if ranks.is_main:
-            # fp32 masters and two moments of every parameter.
-            size = 12 * sum(p.numel() for p in self._model.parameters())
-            prepare_run_dir(config, checkpoint_bytes=size)
-        ranks.barrier()
-        shard_group = ranks.group if config.parallel.shard_optimizer else None
-        self._optimizer = FlatAdamW(self._model, config.optim, shard_group)
-        self._update = PairUpdate(self._model, self._optimizer, ranks, update, config.model)
-        self._checkpoints = CheckpointStore(
-            self._run_dir,
+        prepare_run_dir(config, ranks, self._model)
+        weights = TrainedWeights(self._model, config, ranks)
+        self._run = Run(
+            config,
             ranks,
+            stop,
             decoder.config,
-            dtype,
-            keep=config.checkpoint.keep,
+            weights,
             progress=_Progress,
+            num_steps=self._num_steps,
+            steps_setting="update.num_epochs",
         )
+        self._console = self._run.console
+        self._update = PairUpdate(weights.trained, weights.optimizer, ranks, update, config.model)
         self._step = 0
-        self._saved_step = -1
         self._scored: list[ScoredPair] = []
 
     def train(self) -> None:
         """All remaining steps; saves and leaves when asked to stop."""
-        self._resume()
-        recorder = (
-            Recorder(self._config, self._run_dir, num_steps_done=self._step)
-            if self._ranks.is_main
-            else None
-        )
-        num_parameters = sum(p.numel() for p in self._model.parameters())
-        self._console.print(
-            f"{self._config.model.path}: {num_parameters / 1e6:.0f}M parameters, "
-            f"{self._ranks.world_size} x {self._ranks.device.type}; {len(self._pairs)} pairs to "
-            f"train on, {len(self._heldout)} held out, {self._num_steps} steps, writing to "
-            f"{self._run_dir}"
-        )
-        try:
-            while self._step < self._num_steps and not self._must_stop():
+        self._run.resume(self._restore)
+        with self._run.recording(self._step):
+            self._announce()
+            while self._step < self._num_steps and not self._run.must_stop():
                 metrics = self._train_step()
-                if recorder is not None:
-                    recorder.write(metrics)
-                    self._console.print(_step_line(metrics, self._num_steps))
-                every = self._config.checkpoint.every
-                if every and self._step % every == 0:
-                    self._save()
-        finally:
-            if recorder is not None:
-                recorder.close()
-        self._save()
-        if self._step < self._num_steps:
-            self._console.print(
-                f"stopped by {self._stop.name} after step {self._step}; the same command goes on"
-            )
-        else:
+                self._run.record(metrics, _step_line(metrics, self._num_steps))
+                self._run.save_if_due(_Progress(self._step))
+        self._run.save(_Progress(self._step))
+        if not self._run.was_stopped(self._step):
             self._finish()
 
     def _train_step(self) -> dict[str, Any]:
@@ -186,6 +159,7 @@ class RewardModelTrainer:
         """The report and the final weights."""
         if not self._scored:  # the run was complete before this process
             self._scored = self._score_heldout()
+        self._run.export(self._write_final)
         if not self._ranks.is_main:
             return
         report = heldout_report(self._scored, seed=self._config.seed) | {
@@ -196,50 +170,31 @@ class RewardModelTrainer:
             "truncated_frac": fmean(pair.is_truncated for pair in self._heldout),
         }
         text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        write_text_atomically(self._run_dir / "report.json", text)
-        write_text_atomically(self._run_dir / "report.md", report_markdown(report))
-        final = self._run_dir / "final"
-        if self._config.checkpoint.export and not final.exists():
-            head = ScoreHead(self._model.score.detach(), self._pad_token_id)
-            save_pretrained(
-                self._model.decoder, self._tokenizer, self._model_dir, final, score_head=head
-            )
-        from lwz_trainer.view.page import write_page
-
-        write_page([self._run_dir])
-        self._console.print(
+        write_text_atomically(self._run.dir / "report.json", text)
+        write_text_atomically(self._run.dir / "report.md", report_markdown(report))
+        self._run.conclude(
             f"held out: accuracy {_number(report['accuracy'])}, at matched length "
             f"{_number(report['accuracy_matched_length'])}, longer is better "
-            f"{_number(report['longer_is_better_accuracy'])}. Look at {self._run_dir / 'report.md'}"
+            f"{_number(report['longer_is_better_accuracy'])}. Look at {self._run.dir / 'report.md'}"
         )
 
-    def _resume(self) -> None:
-        """Takes over the latest checkpoint, if there is one."""
-        latest = self._checkpoints.latest() if self._config.checkpoint.resume else None
-        if latest is None:
-            return
-        progress = self._checkpoints.read_progress(latest)
-        if progress.step > self._num_steps:
-            raise UserError(
-                f"checkpoint {latest} has {progress.step} steps, this run has {self._num_steps}: "
-                "raise update.num_epochs or pass another output_dir"
-            )
-        self._checkpoints.load_tensors(latest, self._optimizer.state_dict())
-        self._optimizer.complete_weights()
-        self._step = self._saved_step = progress.step
-        self._console.print(f"resumed from {latest}")
+    def _restore(self, progress: _Progress) -> None:
+        self._step = progress.step
 
-    def _save(self) -> None:
-        """A checkpoint of the last complete step, unless it exists."""
-        if self._step == self._saved_step or self._step == 0:
-            return
-        self._ranks.enter(f"saving step {self._step}")
-        self._checkpoints.save(self._optimizer.state_dict(), _Progress(self._step))
-        self._saved_step = self._step
+    def _write_final(self, final: Path) -> None:
+        head = ScoreHead(self._model.score.detach(), self._pad_token_id)
+        save_pretrained(
+            self._model.decoder, self._tokenizer, self._model_dir, final, score_head=head
+        )
 
-    def _must_stop(self) -> bool:
-        """True on every rank as soon as one was told to stop."""
-        return bool(self._ranks.max([float(self._stop.is_set)])[0])
+    def _announce(self) -> None:
+        num_parameters = sum(p.numel() for p in self._model.parameters())
+        self._console.print(
+            f"{self._config.model.path}: {num_parameters / 1e6:.0f}M parameters, "
+            f"{self._ranks.world_size} x {self._ranks.device.type}; {len(self._pairs)} pairs to "
+            f"train on, {len(self._heldout)} held out, {self._num_steps} steps, writing to "
+            f"{self._run.dir}"
+        )
 
     def _refuse_schedule(self) -> None:
         update, warmup = self._config.update, self._config.optim.warmup_steps
@@ -254,25 +209,6 @@ class RewardModelTrainer:
                 f"optim.warmup_steps ({warmup}) must be below the number of steps "
                 f"({self._num_steps}): the peak rate would never be reached"
             )
-
-
-def _load_split(config: RewardModelConfig) -> tuple[list[Pair], list[Pair]]:
-    """Pairs to train on, and held-out ones."""
-    pairs = load_pairs(Path(config.data.pairs))
-    if not config.data.heldout:
-        return split_by_prompt(pairs, config.data.heldout_frac, config.seed)
-    heldout = load_pairs(Path(config.data.heldout))
-    _refuse_leaks({pair.prompt for pair in pairs} & {pair.prompt for pair in heldout})
-    return pairs, heldout
-
-
-def _refuse_leaks(prompts: set[str]) -> None:
-    if prompts:
-        first = " ".join(min(prompts).split())[:60]
-        raise UserError(
-            f"{len(prompts)} prompts stand in data.pairs and in data.heldout, such as '{first}': "
-            "remove them from one of the files"
-        )
 
 
 def _step_line(metrics: dict[str, Any], num_steps: int) -> str:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lwz_trainer.config.reward_model import PairDataConfig
 from lwz_trainer.data.jsonl import jsonl_rows
 from lwz_trainer.errors import UserError
 
-__all__ = ["Pair", "load_pairs", "split_by_prompt"]
+__all__ = ["Pair", "load_pairs", "load_split", "split_by_prompt"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,16 @@ class Pair:
     rejected: str
     margin: float
     source: str
+
+
+def load_split(config: PairDataConfig, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Pairs to train on, and held-out ones."""
+    pairs = load_pairs(Path(config.pairs))
+    if not config.heldout:
+        return split_by_prompt(pairs, config.heldout_frac, seed)
+    heldout = load_pairs(Path(config.heldout))
+    _refuse_leaks({pair.prompt for pair in pairs} & {pair.prompt for pair in heldout})
+    return pairs, heldout
 
 
 def load_pairs(path: Path) -> list[Pair]:
@@ -67,6 +78,15 @@ def split_by_prompt(
         [pair for pair in pairs if pair.prompt not in heldout],
         [pair for pair in pairs if pair.prompt in heldout],
     )
+
+
+def _refuse_leaks(prompts: set[str]) -> None:
+    if prompts:
+        first = " ".join(min(prompts).split())[:60]
+        raise UserError(
+            f"{len(prompts)} prompts stand in data.pairs and in data.heldout, such as '{first}': "
+            "remove them from one of the files"
+        )
 
 
 def _unit_hash(prompt: str, seed: int) -> float:

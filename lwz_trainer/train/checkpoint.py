@@ -23,7 +23,7 @@ from lwz_trainer.errors import UserError
 from lwz_trainer.model.architecture import ModelConfig
 from lwz_trainer.parallel import Ranks
 
-__all__ = ["CheckpointStore", "Progress"]
+__all__ = ["CheckpointStore", "Progress", "Resumable"]
 
 STATE_FILE = "state.json"
 
@@ -41,7 +41,7 @@ class Progress:
     """Prompts that have left references behind, see `rewards.references`."""
 
 
-class _Resumable(Protocol):
+class Resumable(Protocol):
     """A dataclass of what JSON can hold, complete steps among it."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -50,7 +50,7 @@ class _Resumable(Protocol):
     def step(self) -> int: ...
 
 
-P = TypeVar("P", bound=_Resumable)
+P = TypeVar("P", bound=Resumable)
 
 
 class CheckpointStore(Generic[P]):

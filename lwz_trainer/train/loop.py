@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ from lwz_trainer.parallel import Ranks, start_teams
 from lwz_trainer.rewards.references import start_references
 from lwz_trainer.rollout.making import make_engine
 from lwz_trainer.timeline import Timeline
-from lwz_trainer.train.checkpoint import CheckpointStore, Progress
-from lwz_trainer.train.console import RunConsole, learned_line, step_line
+from lwz_trainer.train.checkpoint import Progress
+from lwz_trainer.train.console import learned_line, step_line
 from lwz_trainer.train.groups import ScoredGroup
 from lwz_trainer.train.interleave import Interleaver
 from lwz_trainer.train.metrics import (
@@ -34,13 +34,14 @@ from lwz_trainer.train.metrics import (
     step_warnings,
 )
 from lwz_trainer.train.prompt_set import GroupPrompt, PromptSet
-from lwz_trainer.train.recorder import Recorder, prepare_run_dir
+from lwz_trainer.train.recorder import prepare_run_dir
 from lwz_trainer.train.records import sample_records, write_records
 from lwz_trainer.train.reward_pool import make_scoring
+from lwz_trainer.train.run import Run
 from lwz_trainer.train.sampling import StepHooks, StepSampler, StepSamples
 from lwz_trainer.train.signals import StopSignal
 from lwz_trainer.train.starting import started_ranks
-from lwz_trainer.train.weights import PolicyWeights
+from lwz_trainer.train.weights import TrainedWeights
 from lwz_trainer.update.optimizer import learning_rate
 from lwz_trainer.update.policy_update import PolicyUpdate, UpdateMetrics
 
@@ -60,7 +61,6 @@ class Trainer:
         self._config = config
         self._ranks = ranks
         self._stop = stop
-        self._console = RunConsole(is_main=ranks.is_main, progress=config.log.progress)
         self._refuse_uneven_ranks()
         self._model_dir = resolve_model_dir(config.model.path)
         sizes = ModelConfig.from_hf(load_hf_config(self._model_dir))
@@ -75,19 +75,14 @@ class Trainer:
         self._references = start_references(config.rewards, self._prompts.prompts)
         self._timeline = Timeline(ranks.rank)
         self._scoring = make_scoring(config, self._prompts.kind, ranks.device, self._timeline)
-        self._run_dir = Path(config.output_dir)
         self._engine = make_engine(
             self._model, self._tokenizer, self._model_dir, config.rollout, ranks
         )
         self._engine.plan_cache(
             longest_prompt=self._prompts.longest, num_samples=config.rollout.max_num_seqs
         )
-        if ranks.is_main:
-            # fp32 masters and two moments of every parameter.
-            size = 12 * sum(p.numel() for p in self._model.parameters())
-            prepare_run_dir(config, checkpoint_bytes=size)
-        ranks.barrier()
-        self._weights = PolicyWeights(self._model, config, ranks)
+        prepare_run_dir(config, ranks, self._model)
+        self._weights = TrainedWeights(self._model, config, ranks)
         self._optimizer = self._weights.optimizer
         self._update = PolicyUpdate(
             self._weights.trained,
@@ -120,52 +115,39 @@ class Trainer:
             self._references,
             self._timeline,
         )
-        self._checkpoints = CheckpointStore(
-            self._run_dir,
+        self._run = Run(
+            config,
             ranks,
+            stop,
             self._model.config,
-            dtype,
-            keep=config.checkpoint.keep,
+            self._weights,
             progress=Progress,
+            num_steps=config.num_steps,
+            timeline=self._timeline,
         )
+        self._console = self._run.console
         self._step = 0
         self._policy_version = 0
-        self._saved_step = -1
 
     def train(self) -> None:
         """All remaining steps; saves and leaves when asked to stop."""
-        self._resume()
-        recorder = (
-            Recorder(self._config, self._run_dir, num_steps_done=self._step)
-            if self._ranks.is_main
-            else None
-        )
-        self._announce()
-        try:
-            while self._step < self._config.num_steps and not self._must_stop():
+        self._run.resume(self._restore)
+        with self._run.recording(self._step), closing(self._scoring):
+            self._announce()
+            while self._step < self._config.num_steps and not self._run.must_stop():
                 is_traced = self._step + 1 in self._config.log.trace_steps
                 self._timeline.start_step(keeps_spans=is_traced)
                 metrics = self._train_step()
                 if metrics is None:
                     break
-                if recorder is not None:
-                    recorder.write(metrics)
-                    self._console.print(step_line(metrics, self._config.num_steps))
-                self._save_if_due()
+                self._run.record(metrics, step_line(metrics, self._config.num_steps))
+                self._run.save_if_due(self._progress())
                 if is_traced:
                     name = f"step_{self._step:06d}_rank_{self._ranks.rank}.json"
-                    self._timeline.write(self._run_dir / "trace" / name)
-        finally:
-            self._scoring.close()
-            if recorder is not None:
-                recorder.close()
-        self._save()
-        if self._stop.is_set:
-            self._console.print(
-                f"stopped by {self._stop.name} after step {self._step}; the same command goes on"
-            )
-        else:
-            self._finish(recorder)
+                    self._timeline.write(self._run.dir / "trace" / name)
+        self._run.save(self._progress())
+        if not self._run.was_stopped(self._step):
+            self._finish()
 
     def _train_step(self) -> dict[str, Any] | None:
         """One rollout and its update; None if a signal ended the rollout."""
@@ -267,7 +249,7 @@ class Trainer:
         everything = [record for part in self._ranks.gather(records) for record in part]
         everything.sort(key=lambda record: (record["group"], record["member"]))
         if self._ranks.is_main:
-            write_records(self._run_dir / "samples" / f"step_{self._step:06d}.parquet", everything)
+            write_records(self._run.dir / "samples" / f"step_{self._step:06d}.parquet", everything)
         (memory,) = self._ranks.max([peak_memory_gb(self._ranks.device)])
         metrics: dict[str, Any] = {"step": self._step}
         metrics |= sample_metrics(everything)
@@ -285,60 +267,27 @@ class Trainer:
         metrics["warnings"] = step_warnings(metrics)
         return metrics
 
-    def _resume(self) -> None:
-        """Takes over the latest checkpoint, if there is one."""
-        latest = self._checkpoints.latest() if self._config.checkpoint.resume else None
-        if latest is None:
-            return
-        progress = self._checkpoints.read_progress(latest)
-        if progress.step > self._config.num_steps:
-            raise UserError(
-                f"checkpoint {latest} has {progress.step} steps, num_steps is "
-                f"{self._config.num_steps}: raise num_steps or pass another output_dir"
-            )
-        self._checkpoints.load_tensors(latest, self._optimizer.state_dict())
-        self._optimizer.complete_weights()
-        self._step = self._saved_step = progress.step
+    def _progress(self) -> Progress:
+        return Progress(
+            self._step,
+            self._policy_version,
+            self._engine.expected_completion_tokens,
+            self._references.levels,
+        )
+
+    def _restore(self, progress: Progress) -> None:
+        self._step = progress.step
         self._policy_version = progress.policy_version
         self._engine.expected_completion_tokens = progress.expected_completion_tokens
         self._references.restore(progress.reference_levels)
-        self._console.print(f"resumed from {latest}")
 
-    def _save_if_due(self) -> None:
-        every = self._config.checkpoint.every
-        if every and self._step % every == 0:
-            self._save()
-
-    def _save(self) -> None:
-        """A checkpoint of the last complete step, unless it exists."""
-        if self._step == self._saved_step or self._step == 0:
-            return
-        self._ranks.enter(f"saving step {self._step}")
-        with self._timeline.span("checkpoint", "save"):
-            self._checkpoints.save(
-                self._optimizer.state_dict(),
-                Progress(
-                    self._step,
-                    self._policy_version,
-                    self._engine.expected_completion_tokens,
-                    self._references.levels,
-                ),
-            )
-        self._saved_step = self._step
-
-    def _finish(self, recorder: Recorder | None) -> None:
+    def _finish(self) -> None:
         """The final weights, the report, and the line that says what was learned."""
-        if self._config.checkpoint.export:
-            final = self._run_dir / "final"
-            with self._weights.whole():
-                if recorder is not None and not final.exists():
-                    save_pretrained(self._model, self._tokenizer, self._model_dir, final)
-        if recorder is None:
-            return
-        from lwz_trainer.view.page import write_page
-
-        write_page([self._run_dir])
-        self._console.print(learned_line(recorder.history, self._run_dir))
+        self._run.export(
+            lambda final: save_pretrained(self._model, self._tokenizer, self._model_dir, final)
+        )
+        if self._ranks.is_main:
+            self._run.conclude(learned_line(self._run.history, self._run.dir))
 
     def _announce(self) -> None:
         config = self._config
@@ -347,14 +296,10 @@ class Trainer:
             f"{config.model.path}: {sum(p.numel() for p in self._model.parameters()) / 1e6:.0f}M "
             f"parameters, {str(self._model.embed.dtype).removeprefix('torch.')}, "
             f"{self._ranks.world_size} x {self._ranks.device.type}; {len(self._prompts)} prompts, "
-            f"{per_step} samples a step, writing to {self._run_dir}"
+            f"{per_step} samples a step, writing to {self._run.dir}"
         )
         for num_ranks, (scheme, _) in self._teams.plan.schemes.items():
             self._console.print(f"sequences of the update on {num_ranks} ranks: {scheme}")
-
-    def _must_stop(self) -> bool:
-        """True on every rank as soon as one was told to stop."""
-        return bool(self._ranks.max([float(self._stop.is_set)])[0])
 
     def _load_reference(self, dtype: torch.dtype) -> Decoder | None:
         """The frozen initial policy, where the loss has a KL term."""

@@ -5,43 +5,40 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
+from torch import nn
 
 from lwz_kernels.dispatch import impl_choices
 from lwz_trainer.atomic_text import write_text_atomically
 from lwz_trainer.config.reading import dump_config
-from lwz_trainer.config.sections import CheckpointConfig, LogConfig
+from lwz_trainer.config.run import RunConfig
 from lwz_trainer.errors import UserError
+from lwz_trainer.parallel import Ranks
 
-__all__ = ["Recorder", "RunConfig", "prepare_run_dir"]
+__all__ = ["Recorder", "prepare_run_dir"]
 
 METRICS_FILE = "metrics.jsonl"
 IMPLEMENTATIONS_FILE = "implementations.json"
 """What each operator's `impl="auto"` meant in the run's latest process."""
 
 
-class RunConfig(Protocol):
-    """What the configurations of all commands that train have in common."""
-
-    @property
-    def output_dir(self) -> str: ...
-
-    @property
-    def checkpoint(self) -> CheckpointConfig: ...
-
-    @property
-    def log(self) -> LogConfig: ...
-
-
-def prepare_run_dir(config: RunConfig, *, checkpoint_bytes: int) -> None:
-    """Creates the run directory, after everything that speaks against it.
+def prepare_run_dir(config: RunConfig, ranks: Ranks, model: nn.Module) -> None:
+    """Creates the run directory, after everything that speaks against it; all ranks together.
 
     Args:
         config: of the run.
-        checkpoint_bytes: size of one checkpoint; one more than `checkpoint.keep` must fit.
+        ranks: of the run; the main one writes.
+        model: of whose checkpoints one more than `checkpoint.keep` must fit.
     """
+    if ranks.is_main:
+        # fp32 masters and two moments of every parameter.
+        _make_run_dir(config, 12 * sum(parameter.numel() for parameter in model.parameters()))
+    ranks.barrier()
+
+
+def _make_run_dir(config: RunConfig, checkpoint_bytes: int) -> None:
     run_dir = Path(config.output_dir)
     for name in ("wandb", "trackio"):
         if getattr(config.log, name):

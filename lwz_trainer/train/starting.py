@@ -5,9 +5,8 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
-from lwz_trainer.config.parallel import ParallelConfig
+from lwz_trainer.config.run import RunConfig
 from lwz_trainer.errors import TrainingStopped
 from lwz_trainer.out_of_memory import is_out_of_memory
 from lwz_trainer.parallel import Ranks, start_ranks
@@ -16,21 +15,8 @@ from lwz_trainer.train.signals import StopSignal
 __all__ = ["started_ranks"]
 
 
-class _Placement(Protocol):
-    """The settings that say where a run takes place."""
-
-    @property
-    def device(self) -> str: ...
-
-    @property
-    def num_threads(self) -> int: ...
-
-    @property
-    def parallel(self) -> ParallelConfig: ...
-
-
 @contextmanager
-def started_ranks(config: _Placement) -> Iterator[tuple[Ranks, StopSignal]]:
+def started_ranks(config: RunConfig) -> Iterator[tuple[Ranks, StopSignal]]:
     """This process among its peers, and what SIGTERM or SIGINT asked of it.
 
     An error in the block is told to the other ranks before it leaves the process.

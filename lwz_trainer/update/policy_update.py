@@ -25,7 +25,7 @@ from lwz_trainer.model.offload import HostOffload
 from lwz_trainer.parallel import Ranks, Teams
 from lwz_trainer.timeline import Timeline
 from lwz_trainer.update.accumulation import Accumulation
-from lwz_trainer.update.fully_sharded import is_fully_sharded, reshard
+from lwz_trainer.update.fully_sharded import is_fully_sharded, num_idle_passes, reshard
 from lwz_trainer.update.optimizer import FlatAdamW
 from lwz_trainer.update.packing import TrainSample, pack_samples
 from lwz_trainer.update.sharded_adamw import ShardedAdamW
@@ -214,12 +214,9 @@ class PolicyUpdate:
 
     def _in_step(self, works: list[Work]) -> list[Work]:
         """As many on every rank where each pass is a collective, that of a fully sharded model."""
-        if not self._is_fully_sharded:
-            return works
-        num_passes = int(self._ranks.max([float(len(works))])[0])
-        idle = num_passes - len(works)
+        num_idle = num_idle_passes(self._model, self._ranks, len(works))
         device, impl = self._ranks.device, self._section.attention
-        return works + [make_idle_work(device, impl) for _ in range(idle)]
+        return works + [make_idle_work(device, impl) for _ in range(num_idle)]
 
     def _hidden(self, model: Decoder, work: Work) -> Tensor:
         """Hidden states [R, D] of the positions that predict the completion tokens."""

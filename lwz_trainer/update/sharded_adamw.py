@@ -1,4 +1,4 @@
-"""AdamW for a decoder of `shard_decoder`: masters, gradients and moments on 1/N of the parameters.
+"""AdamW for a model of `shard_model`: masters, gradients and moments on 1/N of the parameters.
 
 The shards that are gathered for computation are the fp32 masters themselves, so a bf16 model needs
 no second half beside them: 16 bytes a parameter, divided by N.
@@ -8,11 +8,10 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lwz_trainer.config.sections import OptimConfig
-from lwz_trainer.model.decoder import Decoder
 from lwz_trainer.update.fully_sharded import sharded_parameters
 from lwz_trainer.update.optimizer import adamw_step, clip_grads
 
@@ -23,18 +22,19 @@ class ShardedAdamW:
     """AdamW over this rank's rows of every parameter; the methods are those of `FlatAdamW`.
 
     Args:
-        model: of `shard_decoder`, trainable.
+        model: of `shard_model`, trainable.
         config: of AdamW.
     """
 
-    def __init__(self, model: Decoder, config: OptimConfig) -> None:
+    def __init__(self, model: nn.Module, config: OptimConfig) -> None:
         self._config = config
         parameters = sharded_parameters(model)
         # Of a parameter with fewer rows than ranks, some ranks have none.
         self._parameters = {n: p for n, p in parameters.items() if p.to_local().numel() > 0}
         self._moments: dict[str, tuple[Tensor, Tensor]] = {}
-        self._step = torch.zeros((), dtype=torch.float32, device=model.embed.device)
-        self._rank = parameters["embed"].device_mesh.get_rank()
+        first = next(iter(parameters.values()))
+        self._step = torch.zeros((), dtype=torch.float32, device=first.device)
+        self._rank = first.device_mesh.get_rank()
 
     @property
     def grads(self) -> list[Tensor]:

@@ -176,7 +176,7 @@ GUARDS = {
     "gradients_averaged": Guard(
         "a framework averages the gradients of a loss that is already divided by global counts",
         "lwz_trainer.update.fully_sharded",
-        "module.set_gradient_divide_factor(1.0)",
+        "root.set_gradient_divide_factor(1.0)",
         "pass",
         "tests/trainer/test_fully_sharded.py::test_update_is_that_of_one_process",
     ),

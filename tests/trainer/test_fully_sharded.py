@@ -29,7 +29,7 @@ from lwz_trainer.config.train import TrainConfig
 from lwz_trainer.errors import TrainingStopped
 from lwz_trainer.model.loading import load_decoder
 from lwz_trainer.parallel import Ranks, make_teams
-from lwz_trainer.train.weights import PolicyWeights
+from lwz_trainer.train.weights import TrainedWeights
 from lwz_trainer.update import policy_update
 from lwz_trainer.update.packing import TrainSample
 from lwz_trainer.update.policy_update import PolicyUpdate
@@ -120,7 +120,7 @@ def run_case(
     )
     model_dir = folder / f"tiny-{case.family}"
     model = load_decoder(model_dir, dtype=case.dtype, device="cpu")
-    weights = PolicyWeights(model, config, ranks)
+    weights = TrainedWeights(model, config, ranks)
     reference = None
     if config.loss.kl_coef > 0:
         reference = weights.spread(
