@@ -25,7 +25,7 @@ class ParallelConfig:
     shard_parameters: bool = False
     """Keep 1/N of the fp32 masters, gradients and moments on each of the N ranks and no more
     (FSDP2, ZeRO stage 3): a layer is gathered when it is computed. To sample, every rank gathers a
-    whole copy in the model's dtype and gives it up afterwards."""
+    whole copy in the model's dtype and gives it up afterwards; to export, the first one."""
     timeout_s: float = 1800.0
     """Within this time of a rank's death or stall every other rank has named it and left: a
     collective waits half of it, a process may be silent an eighth, at most 20 s."""

@@ -128,10 +128,6 @@ class PretrainConfig:
                 f"optim.warmup_steps ({self.optim.warmup_steps}) must be below num_steps "
                 f"({self.num_steps}): the peak rate would never be reached"
             )
-        if self.parallel.shard_parameters:
-            raise UserError(
-                "parallel.shard_parameters is for train; pretrain has parallel.shard_optimizer"
-            )
         if self.log.trace_steps:
             raise UserError(
                 "log.trace_steps writes the timeline of a rollout and its update, which only train "

@@ -77,7 +77,7 @@ class RewardModelConfig:
     update: PairUpdateConfig = field(default_factory=PairUpdateConfig)
     """From pairs to gradients."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """Several ranks, each with its share of a step's pairs: `shard_optimizer` and `timeout_s`."""
+    """Several ranks, each with its share of a step's pairs; a sequence is never shared."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5))
     """The optimizer."""
     checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(every=100))
@@ -92,11 +92,8 @@ class RewardModelConfig:
             raise UserError(f"device must be auto, cpu or cuda, got '{self.device}'")
         if self.seed < 0:
             raise UserError(f"seed must be at least 0, got {self.seed}")
-        known = ParallelConfig(
-            shard_optimizer=self.parallel.shard_optimizer, timeout_s=self.parallel.timeout_s
-        )
-        if self.parallel != known:
+        if self.parallel.sequence != 1:
             raise UserError(
-                "a reward model is trained with whole pairs and weights on each rank: of parallel "
-                "only shard_optimizer and timeout_s can be set"
+                "a reward model is trained with whole pairs on each rank, got parallel.sequence "
+                f"{self.parallel.sequence}: leave it out"
             )

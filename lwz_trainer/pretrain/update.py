@@ -18,9 +18,11 @@ from lwz_trainer.model.decoder import Decoder
 from lwz_trainer.model.offload import HostOffload
 from lwz_trainer.parallel import Ranks, Teams
 from lwz_trainer.pretrain.windows import Window, as_train_sample, deal_windows
+from lwz_trainer.update.fully_sharded import num_idle_passes, reshard
 from lwz_trainer.update.optimizer import FlatAdamW
+from lwz_trainer.update.sharded_adamw import ShardedAdamW
 from lwz_trainer.update.sharding import place_packs
-from lwz_trainer.update.work import Work, make_work
+from lwz_trainer.update.work import Work, make_idle_work, make_work
 
 __all__ = ["CrossEntropyUpdate", "SourceLosses", "StepLoss"]
 
@@ -69,7 +71,7 @@ class CrossEntropyUpdate:
     def __init__(
         self,
         model: Decoder,
-        optimizer: FlatAdamW,
+        optimizer: FlatAdamW | ShardedAdamW,
         ranks: Ranks,
         teams: Teams,
         config: PretrainUpdateConfig,
@@ -126,10 +128,14 @@ class CrossEntropyUpdate:
         sums_S = self._no_losses(windows)
         for work in self._works(windows):
             self._add_losses(sums_S, work, windows, self._logprobs(work))
+            reshard(self._model)
         return self._reduce(sums_S, windows)
 
     def _works(self, windows: Sequence[Window]) -> list[Work]:
-        """This rank's micro-batches: its team's share, packed, and its place in each pack."""
+        """This rank's micro-batches: its team's share, packed, and its place in each pack.
+
+        As many on every rank where each pass is a collective, that of a fully sharded model.
+        """
         plan = self._teams.plan
         shares = deal_windows(windows, self._ranks.world_size // plan.size)
         mine = shares[self._ranks.rank // plan.size]
@@ -139,10 +145,10 @@ class CrossEntropyUpdate:
             budget_tokens=self._config.microbatch_tokens,
             share_prompts=False,
         )
-        return [
-            make_work(pack, self._teams, self._ranks.device, self._section.attention)
-            for pack in placed[self._teams.place]
-        ]
+        device, impl = self._ranks.device, self._section.attention
+        works = [make_work(pack, self._teams, device, impl) for pack in placed[self._teams.place]]
+        num_idle = num_idle_passes(self._model, self._ranks, len(works))
+        return works + [make_idle_work(device, impl) for _ in range(num_idle)]
 
     def _logprobs(self, work: Work) -> Tensor:
         """[R] log-prob of each predicted token that this rank holds."""
@@ -162,10 +168,10 @@ class CrossEntropyUpdate:
         self, sums: Tensor, work: Work, windows: Sequence[Window], logprobs: Tensor
     ) -> None:
         """Adds −log p [R] of a micro-batch to the sums [S] of its sources."""
-        sources_N = torch.tensor([windows[number].source for number in work.batch.samples])
+        sources = [windows[number].source for number in work.batch.samples]
         lengths_N = work.batch.completion_cu_seqlens.diff()
-        source_R = torch.repeat_interleave(sources_N, lengths_N).to(sums.device)
-        sums.index_add_(0, source_R, -logprobs.double())
+        source_R = torch.tensor(sources, dtype=torch.long).repeat_interleave(lengths_N)
+        sums.index_add_(0, source_R.to(sums.device), -logprobs.double())
 
     def _reduce(self, sums: Tensor, windows: Sequence[Window]) -> SourceLosses:
         counts = [0] * len(sums)

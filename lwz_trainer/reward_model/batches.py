@@ -8,9 +8,15 @@ from torch import Tensor
 
 from lwz_trainer.reward_model.pairs import Pair
 from lwz_trainer.rewards.encoding import AnswerEncoder
-from lwz_trainer.update.packing import MicroBatch, TrainSample, first_fit, pack_samples
+from lwz_trainer.update.packing import (
+    MicroBatch,
+    TrainSample,
+    empty_microbatch,
+    first_fit,
+    pack_samples,
+)
 
-__all__ = ["EncodedPair", "PairBatch", "encode_pairs", "pack_pairs"]
+__all__ = ["EncodedPair", "PairBatch", "empty_batch", "encode_pairs", "pack_pairs"]
 
 
 @dataclass(frozen=True)
@@ -30,10 +36,10 @@ class EncodedPair:
     rejected_ids: list[int]
     is_truncated: bool
 
-    @property
-    def num_tokens(self) -> int:
-        """Of both inputs, each counted whole."""
-        return 2 * len(self.prefix_ids) + len(self.chosen_ids) + len(self.rejected_ids)
+    def num_packed(self, *, share_prompts: bool) -> int:
+        """Tokens of both inputs in a pack; the prefix once, where they share it."""
+        prefixes = 1 if share_prompts else 2
+        return prefixes * len(self.prefix_ids) + len(self.chosen_ids) + len(self.rejected_ids)
 
 
 @dataclass(frozen=True)
@@ -69,14 +75,16 @@ def pack_pairs(
     pairs: Sequence[EncodedPair], *, budget_tokens: int, share_prompts: bool
 ) -> list[PairBatch]:
     """First-fit decreasing; a pair is never split, one beyond the budget is alone."""
-    sizes = [
-        pair.num_tokens - len(pair.prefix_ids) if share_prompts else pair.num_tokens
-        for pair in pairs
-    ]
+    sizes = [pair.num_packed(share_prompts=share_prompts) for pair in pairs]
     return [
         _pack([pairs[i] for i in indices], indices, share_prompts=share_prompts)
         for indices in first_fit(sizes, budget_tokens)
     ]
+
+
+def empty_batch() -> PairBatch:
+    """One token that no pair holds: a forward and backward pass that adds 0."""
+    return PairBatch(empty_microbatch(), torch.zeros(0, dtype=torch.long), [])
 
 
 def _pack(pairs: list[EncodedPair], indices: list[int], *, share_prompts: bool) -> PairBatch:

@@ -17,9 +17,11 @@ from lwz_trainer.config.reward_model import PairUpdateConfig
 from lwz_trainer.errors import TrainingStopped
 from lwz_trainer.model.offload import HostOffload
 from lwz_trainer.parallel import Ranks
-from lwz_trainer.reward_model.batches import EncodedPair, PairBatch, pack_pairs
+from lwz_trainer.reward_model.batches import EncodedPair, PairBatch, empty_batch, pack_pairs
 from lwz_trainer.reward_model.model import RewardModel
+from lwz_trainer.update.fully_sharded import num_idle_passes, reshard
 from lwz_trainer.update.optimizer import FlatAdamW
+from lwz_trainer.update.sharded_adamw import ShardedAdamW
 from lwz_trainer.update.work import PackedAttend, can_share_prompts
 
 __all__ = ["PairMetrics", "PairUpdate", "bradley_terry_loss"]
@@ -47,7 +49,7 @@ class PairUpdate:
     def __init__(
         self,
         model: RewardModel,
-        optimizer: FlatAdamW,
+        optimizer: FlatAdamW | ShardedAdamW,
         ranks: Ranks,
         config: PairUpdateConfig,
         section: ModelSection,
@@ -96,7 +98,7 @@ class PairUpdate:
                 on_microbatch(done, len(batches))
         grad_norm = self._optimizer.reduce_grads(self._ranks.group)
         num_truncated = float(sum(pair.is_truncated for pair in pairs))
-        num_packed = float(sum(batch.packed.num_tokens for batch in batches))
+        num_packed = float(sum(batch.packed.num_tokens for batch in batches if batch.pairs))
         sums = self._ranks.sum([*totals.tolist(), num_truncated, num_packed])
         norm = float(grad_norm)
         if not all(torch.isfinite(torch.tensor([norm, sums[0]]))):
@@ -114,16 +116,20 @@ class PairUpdate:
         scores = [(0.0, 0.0)] * len(pairs)
         for batch in self._pack(pairs):
             chosen, rejected = (part.tolist() for part in self._scores(batch))
+            reshard(self._model)
             for index, one, other in zip(batch.pairs, chosen, rejected, strict=True):
                 scores[index] = (one, other)
         return scores
 
     def _pack(self, pairs: Sequence[EncodedPair]) -> list[PairBatch]:
-        return pack_pairs(
+        """As many on every rank where each pass is a collective, that of a fully sharded model."""
+        batches = pack_pairs(
             pairs,
             budget_tokens=self._config.microbatch_tokens,
             share_prompts=self._share_prompts,
         )
+        num_idle = num_idle_passes(self._model, self._ranks, len(batches))
+        return batches + [empty_batch() for _ in range(num_idle)]
 
     def _scores(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """Scores [P] of the chosen and of the rejected answers."""
