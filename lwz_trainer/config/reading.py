@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -22,9 +24,11 @@ def parse_command_line(config_class: type[T], argv: list[str], *, prog: str) -> 
     if argv and not argv[0].startswith("-"):
         default = load_config(config_class, Path(argv[0]))
         argv = argv[1:]
+    default = default if default is not None else config_class()
+    _refuse_new_names(default, argv)
     return tyro.cli(
         config_class,
-        default=default if default is not None else config_class(),
+        default=default,
         args=argv,
         prog=prog,
         config=(tyro.conf.FlagConversionOff,),
@@ -86,6 +90,29 @@ def _refuse_unknown_keys(config_class: Any, raw: dict[str, Any], path: Path, pre
             for entry, content in value.items():
                 if isinstance(content, dict):
                     _refuse_unknown_keys(section, content, path, prefix=f"{name}.{entry}.")
+
+
+def _refuse_new_names(config: Any, argv: list[str]) -> None:
+    """The sections of a `dict[str, section]` have flags only where the file names them."""
+    flags = [flag.partition("=")[0].replace("-", "_") for flag in argv]
+    for path in _named_sections(type(config)):
+        for flag in flags:
+            name = flag.removeprefix(f"__{path}.").partition(".")[0]
+            is_meant = flag == f"__{path}" or flag.startswith(f"__{path}.")
+            if is_meant and name not in attrgetter(path)(config):
+                raise UserError(
+                    f"--{flag[2:]}: names under {path} are given in a YAML file, flags change what "
+                    "stands there; write it into a file and pass that first"
+                )
+
+
+def _named_sections(config_class: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of the fields that are a `dict[str, section]`."""
+    for name, hint in get_type_hints(config_class).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _named_sections(hint, f"{prefix}{name}.")
+        elif _value_section(hint) is not None:
+            yield prefix + name
 
 
 def _value_section(hint: Any) -> Any | None:

@@ -277,7 +277,8 @@ class RewardsConfig:
     pool: RewardPoolConfig = field(default_factory=RewardPoolConfig)
     """Who computes them."""
     others: dict[str, WritingRewardConfig] = field(default_factory=dict)
-    """Further rewards by name, each with the fields of `writing`; a YAML file names them."""
+    """Further rewards by name, each with the fields of `writing`. Only a YAML file can name them;
+    flags change those that it names."""
     constraints: ConstraintConfig = field(default_factory=ConstraintConfig)
     """Rewards that a sample must not fail."""
     normalization: Literal["zscore", "minmax"] = "zscore"

@@ -154,6 +154,9 @@ def test_rewards_config_reads_further_rewards_from_a_file(tmp_path: Path) -> Non
     changed = parse_command_line(TrainConfig, arguments, prog="x").rewards
     assert changed.weights["taste"] == 0.7
     assert changed.sourced["taste"].criteria == ("wit",)
+    for flag in ("--rewards.others.wit.weight=1", "--rewards.others={}"):
+        with pytest.raises(UserError, match=r"names under rewards.others are given in a YAML"):
+            parse_command_line(TrainConfig, [str(path), flag], prog="x")
     path.write_text(text.replace("weight", "wait"))
     with pytest.raises(UserError, match=r"'rewards.others.taste.wait'; did you mean .*weight"):
         load_config(TrainConfig, path)
