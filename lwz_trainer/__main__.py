@@ -19,7 +19,8 @@ commands:
                                                               longbench-write: answer and judge
   prepare [CONFIG.yaml] --inputs FILE … [--field=value …]     chat logs to writing requests with
                                                               word ranges
-  reward-model [CONFIG.yaml] [--section.field=value …]        train a reward model on pairs
+  reward-model [CONFIG.yaml] [--section.field=value …]        train a reward model on pairs;
+                                                              --dry-run
   view RUN [RUN …] [--out FILE]                               write an HTML page of runs
 
 `COMMAND --help` lists its options."""

@@ -12,9 +12,10 @@ def pretrain_command(argv: list[str]) -> None:
     dry_run, rest = split_dry_run(argv, prog="lwz_trainer pretrain")
     config = parse_command_line(PretrainConfig, rest, prog="lwz_trainer pretrain")
     if dry_run is not None:
-        from lwz_trainer.pretrain.forecast import print_pretrain_forecast
+        from lwz_trainer.pretrain.forecast import forecast_pretrain
+        from lwz_trainer.train.dry_run import print_dry_run
 
-        print_pretrain_forecast(config, num_ranks=dry_run.num_ranks, device_gb=dry_run.device_gb)
+        print_dry_run(config, dry_run, forecast_pretrain)
         return
     from lwz_trainer.pretrain.loop import run_pretrain
 

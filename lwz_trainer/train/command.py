@@ -23,9 +23,10 @@ def train_command(argv: list[str]) -> None:
     dry_run, rest = split_dry_run(argv, prog="lwz_trainer train")
     config = parse_command_line(TrainConfig, rest, prog="lwz_trainer train")
     if dry_run is not None:
-        from lwz_trainer.train.forecast import print_forecast
+        from lwz_trainer.train.dry_run import print_dry_run
+        from lwz_trainer.train.step_forecast import forecast_train
 
-        print_forecast(config, num_ranks=dry_run.num_ranks, device_gb=dry_run.device_gb)
+        print_dry_run(config, dry_run, forecast_train)
         return
     from lwz_trainer.train.loop import run_train
 

@@ -1,12 +1,6 @@
-"""`--dry-run`: the resolved configuration and what a step will need, before anything is loaded.
+"""What a rank holds in a step, counted from the shapes before anything is loaded."""
 
-Memory is counted from the shapes; `--ranks N --device-gb X` ask for N ranks of X GB each instead of
-those that are here. Time is one matrix product measured on this machine, scaled by the arithmetic
-of a step in which every completion is as long as it may be: an upper estimate.
-"""
-
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from rich.console import Console
@@ -14,28 +8,12 @@ from rich.table import Table
 
 from lwz_kernels.loss_head import default_chunk_bytes
 from lwz_trainer.config.parallel import SequencePlan, plan_sequence
-from lwz_trainer.config.reading import dump_config
 from lwz_trainer.config.train import TrainConfig
 from lwz_trainer.model.architecture import ModelConfig
-from lwz_trainer.model.linear import linear, resolve_dtype
-from lwz_trainer.model.loading import load_hf_config, load_tokenizer
-from lwz_trainer.model.source import resolve_model_dir
-from lwz_trainer.parallel import local_world_size, start_ranks
 from lwz_trainer.rollout.kv_cache import num_pages_for
-from lwz_trainer.train.metrics import peak_memory_gb
-from lwz_trainer.train.prompt_set import PromptSet
 
-__all__ = [
-    "PROBE_ROWS",
-    "MemoryForecast",
-    "forecast_memory",
-    "num_parameters",
-    "print_forecast",
-    "print_memory",
-    "seconds_of",
-]
+__all__ = ["MemoryForecast", "forecast_memory", "num_parameters", "print_memory"]
 
-PROBE_ROWS = 512
 # Left free of a GPU: its context, libraries' workspaces, and gaps between tensors.
 SPARE_FRAC = 0.05
 # Workspaces and gaps of a process on a CPU: 4% of its tensors were measured (test_demo_model.py).
@@ -65,6 +43,22 @@ class MemoryForecast:
     @property
     def peak(self) -> int:
         return sum(self.always.values()) + max(sum(p.values()) for p in self.phases.values())
+
+    def without_rollout(self) -> "MemoryForecast":
+        """Of a run that only updates: sharded weights are whole on the main rank's host alone."""
+        whole = self.rollout.get("weights, gathered", 0)
+        host = self.host | ({"weights, to load and export": whole} if whole else {})
+        return replace(self, rollout={}, host=host)
+
+    def in_process(self, program_bytes: int) -> "MemoryForecast":
+        """With the interpreter and its libraries, and what is left free of a GPU; 0: without."""
+        if not program_bytes:
+            return self
+        program = {
+            "program and libraries": program_bytes,
+            "workspaces and gaps": int(PROCESS_SPARE_FRAC * self.peak),
+        }
+        return replace(self, always=self.always | program)
 
     def misfits(self, device_bytes: int) -> list[str]:
         """For each phase that needs more than the device can give: how much, and what for."""
@@ -188,10 +182,7 @@ def forecast_memory(
         host={"inputs of all layers": kept} if is_offloaded else {},
         is_interleaved=config.update.is_interleaved,
     )
-    if program_bytes:
-        always["program and libraries"] = program_bytes
-        always["workspaces and gaps"] = int(PROCESS_SPARE_FRAC * found.peak)
-    return found
+    return found.in_process(program_bytes)
 
 
 def _gathered_bytes(model: ModelConfig, size: int, *, activations: int) -> int:
@@ -256,59 +247,6 @@ def _logits_bytes(
     return chunk + 4 * model.vocab_size * model.hidden * is_copied
 
 
-def print_forecast(
-    config: TrainConfig, *, num_ranks: int | None = None, device_gb: float | None = None
-) -> None:
-    """Prints the configuration, memory by phase, and time of a step.
-
-    Args:
-        config: of the run.
-        num_ranks: to forecast for, 8 on a node; None: those that were started.
-        device_gb: memory of each rank's GPU in units of 1e9 bytes; None: of the GPU that is here.
-    """
-    ranks = start_ranks(
-        device=config.device,
-        num_threads=config.num_threads,
-        timeout_s=config.parallel.timeout_s,
-    )
-    device = ranks.device if device_gb is None else torch.device("cuda")
-    model_dir = resolve_model_dir(config.model.path)
-    model = ModelConfig.from_hf(load_hf_config(model_dir))
-    prompts = PromptSet(config, load_tokenizer(model_dir), model.max_positions)
-    dtype = resolve_dtype(config.model.dtype, device)
-    world_size = num_ranks or ranks.world_size
-    memory = forecast_memory(
-        config,
-        model,
-        dtype=dtype,
-        device=device,
-        longest_prompt=prompts.longest,
-        num_ranks=world_size,
-        ranks_per_node=local_world_size() if num_ranks is None else min(num_ranks, 8),
-        program_bytes=int(peak_memory_gb(device) * 1e9) if device.type == "cpu" else 0,
-    )
-    rollout_s, update_s = _forecast_seconds(
-        config,
-        model,
-        resolve_dtype(config.model.dtype, ranks.device),
-        ranks.device,
-        prompts.longest,
-        world_size,
-    )
-    ranks.close()
-    if not ranks.is_main:
-        return
-    console = Console(highlight=False)
-    console.print(dump_config(config), markup=False)
-    print_memory(console, memory, ranks.device, device_gb=device_gb, num_ranks=world_size)
-    console.print(
-        f"A step takes at most about {rollout_s + update_s:,.0f} s on this machine's "
-        f"{ranks.device.type} (rollout {rollout_s:,.0f} s, update {update_s:,.0f} s) if every "
-        f"completion has {config.rollout.max_completion_tokens} tokens; "
-        f"{config.num_steps} steps: {(rollout_s + update_s) * config.num_steps / 60:,.0f} minutes."
-    )
-
-
 def print_memory(
     console: Console,
     memory: MemoryForecast,
@@ -344,48 +282,3 @@ def _memory_table(memory: MemoryForecast, device_bytes: int | None, world_size: 
         fits = "does not fit" if memory.misfits(device_bytes) else "fits"
         table.add_row("the GPU has", fits, f"{device_bytes / 1e9:,.2f}")
     return table
-
-
-def _forecast_seconds(
-    config: TrainConfig,
-    model: ModelConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    longest_prompt: int,
-    num_ranks: int,
-) -> tuple[float, float]:
-    """Rollout and update of one step, from one measured matrix product of each kind.
-
-    Attention counts as if its keys, and its arithmetic, were further weights: half of a sequence's
-    tokens on average, keys and values read in decode, two products in the update.
-    """
-    count = num_parameters(model)
-    tokens = config.rollout.max_completion_tokens + longest_prompt
-    per_rank = config.data.prompts_per_step * config.rollout.group_size / num_ranks
-    rows = max(1, min(config.rollout.max_num_seqs, int(per_rank)))
-    weight = torch.randn(model.ff, model.hidden, dtype=dtype, device=device)
-    keys = rows * tokens * model.layers * model.kv_heads * model.head_dim
-    decode_s = seconds_of(weight, rows) * (count + keys) / weight.numel()
-    waves = per_rank / rows
-    rollout_s = waves * config.rollout.max_completion_tokens * decode_s
-    products = count + tokens * model.layers * model.heads * model.head_dim
-    row_s = seconds_of(weight, PROBE_ROWS) / PROBE_ROWS * products / weight.numel()
-    passes = 4 if config.model.checkpoint_layers else 3
-    if config.update.num_epochs * config.update.num_minibatches > 1:
-        passes += 1
-    if config.loss.kl_coef > 0:
-        passes += 1
-    return rollout_s, per_rank * tokens * passes * row_s * config.update.num_epochs
-
-
-def seconds_of(weight: torch.Tensor, rows: int) -> float:
-    """Median seconds of [rows, D] @ weight.T over at least a tenth of a second."""
-    x = torch.randn(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
-    times: list[float] = []
-    while len(times) < 3 or sum(times) < 0.1:
-        started = time.perf_counter()
-        linear(x, weight)
-        if x.is_cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return sorted(times)[len(times) // 2]

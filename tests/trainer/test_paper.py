@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -18,8 +19,10 @@ from lwz_trainer.config.reading import dump_config, load_config, parse_command_l
 from lwz_trainer.config.reward_model import RewardModelConfig
 from lwz_trainer.config.train import TrainConfig
 from lwz_trainer.pretrain.forecast import forecast_pretrain_memory
+from lwz_trainer.reward_model.forecast import forecast_reward_model_memory
+from lwz_trainer.train.forecast import num_parameters
 from tests.trainer.test_config import all_fields
-from tests.trainer.test_forecast import CUDA, QWEN_7B
+from tests.trainer.test_forecast import CUDA, QWEN_7B, QWEN_32B
 from tests.trainer.train_case import ROOT
 
 COMMANDS: dict[str, Any] = {
@@ -30,6 +33,12 @@ COMMANDS: dict[str, Any] = {
     "prepare": PrepareConfig,
 }
 CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
+NODES_OF_64: dict[str, Any] = {
+    "dtype": torch.bfloat16,
+    "device": CUDA,
+    "num_ranks": 64,
+    "ranks_per_node": 8,
+}
 PAGE = (ROOT / "docs" / "paper.md").read_text()
 
 
@@ -116,6 +125,29 @@ def test_one_node_holds_the_7b_pretraining() -> None:
     # The head's gradient is summed in fp32 and handed on in bf16.
     head = QWEN_7B.vocab_size * QWEN_7B.hidden
     assert memory.update["gradient of the head"] == 6 * head
+
+
+@pytest.mark.parametrize("name", ["pretrain", "sft"])
+def test_64_gpus_hold_the_32b_pretraining(name: str) -> None:
+    config = load_config(PretrainConfig, ROOT / "configs" / "paper" / f"{name}.yaml")
+    memory = forecast_pretrain_memory(config, QWEN_32B, **NODES_OF_64)
+    assert memory.misfits(80_000_000_000) == []
+    assert memory.rollout == {}
+    # The whole model, to be read and to be written, waits where no GPU is.
+    assert memory.host["weights, to load and export"] == 2 * num_parameters(QWEN_32B)
+
+
+def test_64_gpus_hold_the_72b_reward_model() -> None:
+    model = replace(QWEN_7B, hidden=8192, ff=29568, layers=80, heads=64, kv_heads=8)
+    assert num_parameters(model) == 72_706_203_648
+    config = load_config(RewardModelConfig, ROOT / "configs" / "reward_model" / "72b_64gpu.yaml")
+    longest = 2 * config.data.max_tokens
+    memory = forecast_reward_model_memory(config, model, longest_pair=longest, **NODES_OF_64)
+    assert memory.misfits(80_000_000_000) == []
+    # No head: neither its weights nor its logits.
+    assert "logits of one chunk" not in memory.update
+    head = model.vocab_size * model.hidden
+    assert memory.always["fp32 masters"] == 4 * (num_parameters(model) - head) // 64
 
 
 def test_the_page_covers_the_method_and_names_every_file() -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -17,13 +18,13 @@ from lwz_trainer.config.rewards import WritingRewardConfig
 from lwz_trainer.model.loading import load_decoder, load_tokenizer
 from lwz_trainer.reward_model.batches import EncodedPair, encode_pairs, pack_pairs
 from lwz_trainer.reward_model.model import RewardModel
-from lwz_trainer.reward_model.pairs import Pair
+from lwz_trainer.reward_model.pairs import Pair, load_pairs
 from lwz_trainer.reward_model.update import bradley_terry_loss
 from lwz_trainer.rewards.encoding import AnswerEncoder
 from lwz_trainer.rewards.writing import WritingReward
 from lwz_trainer.update.work import PackedAttend
 from tests.trainer.tiny import make_tiny_model
-from tests.trainer.train_case import read_metrics, run_cli
+from tests.trainer.train_case import read_metrics
 
 WORDS = ["calm", "sea", "slow", "ship", "north", "one", "long", "letter", "find", "day", "the"]
 
@@ -253,25 +254,6 @@ def test_reward_model_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert reports[0] == reports[1]
 
 
-@pytest.mark.dist
-@pytest.mark.parametrize("shard_optimizer", [False, True])
-def test_reward_model_on_two_ranks_is_the_same_run(tmp_path: Path, shard_optimizer: bool) -> None:
-    settings = {"update.num_epochs": 1, "checkpoint.every": 0}
-    assert main(make_args(tmp_path, "one", **settings)) == 0
-    sharding = {"parallel.shard_optimizer": shard_optimizer}
-    result = run_cli(make_args(tmp_path, "two", **settings, **sharding), processes=2)
-    assert result.returncode == 0, result.stderr
-    one, two = (read_metrics(tmp_path / name, without_clocks=True) for name in ("one", "two"))
-    assert len(one) == len(two)
-    for mine, theirs in zip(one, two, strict=True):
-        assert mine == pytest.approx(theirs, abs=1e-4)
-    weights = [
-        load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two")
-    ]
-    for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-4)
-
-
 def test_reward_model_trains_in_bf16(tmp_path: Path) -> None:
     assert main(make_args(tmp_path, **{"model.dtype": "bf16", "checkpoint.every": 0})) == 0
     metrics = read_metrics(tmp_path / "run")
@@ -322,6 +304,7 @@ def test_reward_model_refuses_a_bad_row(
         ({"data.heldout_frac": 1.0}, r"must be in (0, 1)"),
         ({"update.num_epochs": 0}, "update.num_epochs must be above 0"),
         ({"model.path": "no/such/directory"}, "no model at"),
+        ({"parallel.sequence": 2}, "got parallel.sequence 2: leave it out"),
     ],
 )
 def test_reward_model_refuses_bad_settings(
@@ -330,6 +313,23 @@ def test_reward_model_refuses_bad_settings(
     assert main(make_args(tmp_path, **settings)) == 2
     (error,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error"))
     assert message in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_reward_model_dry_run_prints_config_and_forecast(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*make_args(tmp_path), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "pairs_per_step: 6" in out
+    assert "program and libraries" in out
+    assert "KV cache" not in out
+    encoded = encode_pairs(
+        load_pairs(tmp_path / "pairs.jsonl"),
+        AnswerEncoder(load_tokenizer(tmp_path / "tiny-llama"), 512),
+    )
+    mean = fmean(pair.num_packed(share_prompts=True) for pair in encoded)
+    assert f"A step of 6 pairs of {mean:,.0f} tokens takes about" in out
     assert not (tmp_path / "run").exists()
 
 
