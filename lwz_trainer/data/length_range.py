@@ -55,7 +55,7 @@ def explicit_length_range(prompt: str) -> tuple[int, int] | None:
         >>> explicit_length_range("写一篇不少于八百字的作文")
         (800, 880)
     """
-    text = unicodedata.normalize("NFKC", prompt).lower()
+    text = _plain(prompt)
     mentions = [*_english_mentions(text), *_chinese_mentions(text)]
     if not mentions:
         return None
@@ -70,18 +70,34 @@ def explicit_length_range(prompt: str) -> tuple[int, int] | None:
     return max(1, low), max(2, high, low + 1)
 
 
+_NOT = re.compile(r"n['’]t\b")
+_DIGITS_AGAIN = re.compile(r"(?<=[a-z]) \(\d[\d,]*\)(?=[ -]?(?:words?|pages?)\b)")
+_TOLERATED = re.compile(r"(?<=\d) ?(?:±|\+/-|\+-) ?\d[\d,]*(?: ?%)?(?= ?(?:words?|字))")
+_TRADITIONAL = str.maketrans(
+    "數於過內兩萬個單詞頁這長達約節條場漢餘來寫將縮幾",
+    "数于过内两万个单词页这长达约节条场汉余来写将缩几",
+)
+
+
+def _plain(prompt: str) -> str:
+    """In lower case and simplified characters; "isn't" as "is not", "two hundred (200)" once."""
+    text = unicodedata.normalize("NFKC", prompt).lower().translate(_TRADITIONAL)
+    return _TOLERATED.sub("", _DIGITS_AGAIN.sub("", _NOT.sub(" not", text)))
+
+
 # --- English ----------------------------------------------------------------------------------
 
 _TO = r"(?:\s*(?:-|–|—|~|to|and|or)\s*)"
-_UNIT = r"(?P<unit>[- ]?(?:english |chinese )?words?\b|[- ]?pages?\b|w\b)"
+_UNIT = r"(?P<unit>[- ]?(?:english[- ]|chinese[- ])?words?\b|[- ]?pages?\b)"
 _COUNT = (
     rf"(?P<low>{ENGLISH_NUMBER})(?:(?:[- ]?words?)?{_TO}(?P<high>{ENGLISH_NUMBER}))?"
     rf"(?P<plus>\+)?{_UNIT}"
 )
 _LABEL = r"(?:word (?:count|limit|length|target)|length|number of words)"
 _LABELLED = (
-    rf"\b{_LABEL}\b(?: should| must| is| of| be| to| between| around| about| approximately"
-    rf"| at least| at most| no more than| not exceed|[:=]| )*\s*"
+    rf"\b(?:(?:min|max)(?:imum|\.)? )?{_LABEL}\b(?: should| must| is| of| be| to| between| around"
+    rf"| about| approximately| at least| at most| no more than| not exceed| under| over| up to"
+    rf"| (?:min|max)(?:imum|\.)?|[:=]| )*\s*"
     rf"(?P<low>{ENGLISH_NUMBER})(?:{_TO}(?P<high>{ENGLISH_NUMBER}))?(?!\S*%|[- ]?\w+ly\b)"
 )
 _TWO_BOUNDS = re.compile(
@@ -91,17 +107,21 @@ _TWO_BOUNDS = re.compile(
     rf"\s+(?P<high>{ENGLISH_NUMBER}){_UNIT}"
 )
 _OTHER_UNIT = re.compile(r"\s*(?:page|minute|hour|line|sentence|paragraph|char|day|second)")
+# "maximum of", "max.", "minimum length is"
+_EXTREME = r"(?:imum|\.)?(?: (?:word )?(?:length|count|limit|words))?(?: of| is)?"
 _AT_MOST_BEFORE = re.compile(
-    r"(?:no(?:t)? (?:be )?(?:more|longer|greater) than|not?(?: to)? (?:exceed(?:ing)?|go over)|"
-    r"(?<!no )(?<!not )(?<!be )(?:less|fewer|shorter) than|(?<!not )under|"
-    r"below|up to|at (?:the )?most|within|"
-    r"max(?:imum)?(?: of)?|a limit of|word limit\D{0,12}|limit(?:ed)?(?: \w+){0,3}? to|"
+    r"(?:no(?:t)? (?:be )?(?:more|longer|greater) th[ae]n|"
+    r"not?(?: to)? (?:exceed(?:ing)?|surpass|above|over|go (?:over|above|beyond|past))|"
+    r"(?<!no )(?<!not )(?<!not be )(?:less|fewer|shorter) than|(?<!not )(?<!not be )under|"
+    rf"(?<!not )(?<!not be )below|up to|at (?:the )?most|within|≤|<=?|max{_EXTREME}|"
+    r"a limit of|word limit\D{0,12}|limit(?:ed)?(?: \w+){0,3}? to|"
     r"never exceed|without exceeding|cap(?:ped)?(?: it)? at)\s*:?\s*(?:the )?$"
 )
 _AT_LEAST_BEFORE = re.compile(
-    r"(?:at leas[et]|no(?:t)? (?:be )?(?:less|fewer|shorter) than|not under|not below|"
-    r"(?<!no )(?<!not )(?:more|longer|greater) than|(?<!go )over|above|upwards of|"
-    r"min(?:imum)?(?: of)?|(?<!not )(?<!without )exceed(?:s|ing)?)\s*:?\s*$"
+    r"(?:at leas[et]|no(?:t)? (?:be )?(?:less|fewer|shorter) than|not (?:be )?(?:under|below)|"
+    r"(?<!no )(?<!not )(?<!not be )(?:more|longer|greater) than|(?<!go )(?<!not )over|"
+    rf"(?<!go )(?<!not )above|upwards of|≥|>=|min{_EXTREME}|"
+    r"(?<!not )(?<!without )exceed(?:s|ing)?)\s*:?\s*$"
 )
 _AT_MOST_AFTER = re.compile(
     r"\s*(?:\(?\s*max(?:imum)?\b|or (?:less|fewer|under|shorter)\b|at (?:the )?most\b|tops\b|"
@@ -215,8 +235,11 @@ _ZH_UNIT = (
     r"(?P<unit>[多余来]?个?(?:汉字|字(?![母体符典幕面数段形号迹音眼帖画谜节条])|"
     r"(?:英文)?单词|词(?![语汇典牌性组人曲作])|页(?![码面边眉脚])))"
 )
-_ZH_TO = r"[-—–~到至]+"
-_ZH_COUNT = rf"(?P<low>{CHINESE_NUMBER})(?:个?字?{_ZH_TO}(?P<high>{CHINESE_NUMBER}))?{_ZH_UNIT}"
+_ZH_TO = r" ?[-—–~到至]+ ?"
+_ZH_COUNT = (
+    rf"(?!(?<=[几数])[百千万])(?P<low>{CHINESE_NUMBER})"
+    rf"(?: ?个?字?{_ZH_TO}(?P<high>{CHINESE_NUMBER}))?(?P<plus>\+)? ?{_ZH_UNIT}"
+)
 _ZH_LABELLED = (
     rf"(?:字数|篇幅|长度)(?P<how>[^\d零一二两三四五六七八九十百千万。！？\n]{{0,10}})"
     rf"(?P<low>{CHINESE_NUMBER})(?:{_ZH_TO}(?P<high>{CHINESE_NUMBER}))?(?!\d|[分小天年月])"
@@ -266,10 +289,10 @@ def _chinese_mention(match: re.Match[str], before: str, after: str, factor: floa
             low *= scale
         return _Mention(min(low, high) * factor, max(low, high) * factor, "range")
     low *= factor
-    unit = match.groupdict().get("unit") or ""
+    groups = match.groupdict()
     if _ZH_AT_MOST_BEFORE.search(before) or _ZH_AT_MOST_AFTER.match(after):
         return _Mention(low, low, "most")
-    is_more = unit.startswith(("多", "余"))
+    is_more = bool(groups.get("plus")) or (groups.get("unit") or "").startswith(("多", "余"))
     if is_more or _ZH_AT_LEAST_BEFORE.search(before) or _ZH_AT_LEAST_AFTER.match(after):
         return _Mention(low, low, "least")
     return _Mention(low, low, "about")

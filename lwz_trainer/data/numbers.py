@@ -38,6 +38,7 @@ _TENS = {
 }
 _SCALES = {"hundred": 100, "thousand": 1000, "k": 1000}
 _DIGITS = r"\d{1,3}(?:,\d{3})+|\d+(?:\.\d+)?"
+_DOTTED_THOUSANDS = re.compile(r"[1-9]\d{0,2}\.\d{3}")
 _SIMPLE = "|".join(sorted((*_TENS, *_UNITS), key=len, reverse=True))
 _SCALE = "(?:hundred|thousand)"
 # "five hundred and fifty" is one number, "five hundred and six hundred" are two.
@@ -63,7 +64,10 @@ def parse_english(text: str) -> float:
     """Value of what `ENGLISH_NUMBER` matched, in lower case."""
     digits = re.match(_DIGITS, text)
     if digits:
-        value = float(digits.group().replace(",", ""))
+        number = digits.group().replace(",", "")
+        if digits.end() == len(text) and _DOTTED_THOUSANDS.fullmatch(number):
+            number = number.replace(".", "")  # nobody asks for one and a half words
+        value = float(number)
         return value * _SCALES.get(text[digits.end() :].strip(" -"), 1)
     total = current = 0
     for word in re.split(r"[ -]+", text):
