@@ -1,13 +1,13 @@
 """Rows of a JSONL file, each with the words that name it in an error."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.resources.abc import Traversable
 from typing import Any
 
 from lwz_trainer.errors import UserError
 
-__all__ = ["jsonl_rows"]
+__all__ = ["jsonl_rows", "parsed_lines"]
 
 
 def jsonl_rows(source: Traversable, name: str, *, start: int = 0) -> Iterator[tuple[int, str, Any]]:
@@ -24,12 +24,19 @@ def jsonl_rows(source: Traversable, name: str, *, start: int = 0) -> Iterator[tu
     try:
         # Bytes, since lines end at "\n" alone: text has other ends that JSON strings may hold.
         with source.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if number > start and line.strip():
-                    where = f"{name} line {number}"
-                    yield number, where, _parsed(line, number, name, where)
+            yield from parsed_lines(file, name, start=start)
     except OSError as error:
         raise UserError(f"cannot read {name}: {error.strerror}; check the path") from error
+
+
+def parsed_lines(
+    lines: Iterable[bytes], name: str, *, start: int = 0
+) -> Iterator[tuple[int, str, Any]]:
+    """As `jsonl_rows`, for lines that are at hand."""
+    for number, line in enumerate(lines, start=1):
+        if number > start and line.strip():
+            where = f"{name} line {number}"
+            yield number, where, _parsed(line, number, name, where)
 
 
 def _parsed(line: bytes, number: int, name: str, where: str) -> Any:

@@ -27,30 +27,18 @@ CREATE TABLE IF NOT EXISTS answers (
 class AnswerCache:
     """JSON answers by the whole JSON request; several processes may share the file.
 
+    A file that is not there is made when it is first used: what fails before that leaves nothing.
+
     Args:
         path: the SQLite file; it and its directory are made if they are missing.
 
     Raises:
-        UserError: the file cannot be made, or is something else.
+        UserError: the file is something else, or, at its first use, cannot be made.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # One thread at a time uses it, but not always the one that opened it.
-            self._connection = sqlite3.connect(
-                path, isolation_level=None, timeout=60, check_same_thread=False
-            )
-            self._connection.execute("PRAGMA journal_mode=WAL")
-            # In WAL mode this survives a killed process; only a power cut may lose the last ones.
-            self._connection.execute("PRAGMA synchronous=NORMAL")
-            self._connection.execute(_SCHEMA)
-        except (OSError, sqlite3.Error) as error:
-            raise UserError(
-                f"cannot open the answer cache {path} ({error}): pass a path that can be written, "
-                "or remove the file"
-            ) from error
+        self._connection = self._open() if path.exists() else None
 
     def get(self, request: dict[str, Any]) -> Any | None:
         """The answer to an equal request, or None."""
@@ -68,9 +56,30 @@ class AnswerCache:
         )
 
     def close(self) -> None:
-        self._connection.close()
+        if self._connection is not None:
+            self._connection.close()
+
+    def _open(self) -> sqlite3.Connection:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            # One thread at a time uses it, but not always the one that opened it.
+            connection = sqlite3.connect(
+                self._path, isolation_level=None, timeout=60, check_same_thread=False
+            )
+            connection.execute("PRAGMA journal_mode=WAL")
+            # In WAL mode this survives a killed process; only a power cut may lose the last ones.
+            connection.execute("PRAGMA synchronous=NORMAL")
+            connection.execute(_SCHEMA)
+        except (OSError, sqlite3.Error) as error:
+            raise UserError(
+                f"cannot open the answer cache {self._path} ({error}): pass a path that can be "
+                "written, or remove the file"
+            ) from error
+        return connection
 
     def _execute(self, statement: str, values: tuple[str, ...]) -> sqlite3.Cursor:
+        if self._connection is None:
+            self._connection = self._open()
         try:
             return self._connection.execute(statement, values)
         except sqlite3.Error as error:

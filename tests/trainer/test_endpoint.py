@@ -253,7 +253,9 @@ def test_a_file_that_is_no_cache_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot open the answer cache"):
         AnswerCache(tmp_path / "text")
     with pytest.raises(UserError, match="cannot open the answer cache"):
-        AnswerCache(tmp_path / "text" / "below")
+        AnswerCache(tmp_path / "text" / "below").get({})
+    AnswerCache(tmp_path / "new" / "answers").close()
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_dead_server_fails_a_thousand_requests_with_one_error() -> None:

@@ -200,9 +200,25 @@ def test_journal_cuts_a_torn_last_line_and_goes_on(tmp_path: Path) -> None:
     assert again.records == [{"index": 0, "response": "夜\u2028雨"}]
     again.append({"index": 1, "response": ""})
     assert [record["index"] for record in Journal(path).records] == [0, 1]
+    assert path.read_bytes().count(b"\n") == 2
     path.write_text('{"index": 0}\nbroken\n')
     with pytest.raises(UserError, match=r"j\.jsonl line 2 is not valid JSON"):
         Journal(path)
+
+
+@pytest.mark.parametrize("text", ["Notes without a line break", "Notes.\nMore of them"])
+def test_journal_leaves_a_file_that_is_none_as_it_is(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"notes\.txt"):
+        Journal(path)
+    assert path.read_text() == text
+    path.write_text('{"mine": 1}\n{"half": ')
+    Journal(path)
+    assert path.read_text() == '{"mine": 1}\n{"half": '
+    for occupied in (tmp_path, path / "below.jsonl"):
+        with pytest.raises(UserError, match="is in the way; pass another path"):
+            Journal(occupied)
 
 
 @pytest.mark.parametrize(

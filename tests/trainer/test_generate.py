@@ -208,3 +208,19 @@ def test_generate_refuses_bad_input(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], expected: str
 ) -> None:
     assert_refused(make_arguments(tmp_path, **settings), capsys, expected)
+
+
+@pytest.mark.parametrize("harm", ["bad line", "occupied output"])
+def test_generate_refuses_bad_files_and_leaves_them_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], harm: str
+) -> None:
+    arguments = make_file_arguments(tmp_path, "notes.txt")
+    if harm == "bad line":
+        with (tmp_path / "prompts.jsonl").open("a") as file:
+            file.write('\n{"prompt": 3}\n')
+        assert_refused(arguments, capsys, "prompts.jsonl line 7")
+        assert not (tmp_path / "notes.txt").exists()
+    else:
+        (tmp_path / "notes.txt").write_text("Notes without a line break")
+        assert_refused(arguments, capsys, "notes.txt is no file of this program")
+        assert (tmp_path / "notes.txt").read_text() == "Notes without a line break"

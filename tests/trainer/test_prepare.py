@@ -465,6 +465,9 @@ def test_prepare_refuses_bad_input_before_any_call(
     assert len(errors) == 1
     assert expected in errors[0]
     assert not (tmp_path / "out.jsonl").exists()
+    # Only where rows were read without a fault is there something to say about them.
+    names = {path.name for path in tmp_path.iterdir()} - {"in.jsonl"}
+    assert names == ({"out.report.json", "out.report.md"} if "no request" in expected else set())
 
 
 def test_prepare_needs_an_input(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from lwz_trainer.__main__ import main
 from lwz_trainer.errors import UserError
 from lwz_trainer.view import page as page_module
 from lwz_trainer.view.metrics import learned_changes, read_metrics
@@ -312,6 +313,17 @@ def test_write_page_refuses_bad_arguments(tmp_path):
         write_page([run, tmp_path / "run" / ".." / "run"])
     with pytest.raises(UserError, match=r"cannot write .*page\.html"):
         write_page([run], run / "metrics.jsonl" / "page.html")
+
+
+def test_view_command_refuses_bad_runs_in_one_line(tmp_path, capsys):
+    run = make_run(tmp_path / "run", sample_steps=[])
+    append_line(run, b"[13]\n{}\n")
+    for path, reason in ((run, "metrics.jsonl line 13 is broken"), (tmp_path, "not a run")):
+        assert main(["view", str(path)]) == 2
+        (error,) = capsys.readouterr().err.splitlines()
+        assert error.startswith("error: ")
+        assert reason in error
+        assert not (path / "report.html").exists()
 
 
 # ---- metrics ------------------------------------------------------------------------------------
