@@ -119,7 +119,8 @@ class MonitorConfig:
     """Texts that overused words are measured against: a response file or a .txt file. Unset: the
     other systems' answers and the benchmark's baselines."""
     run: str = ""
-    """A training run whose samples are judged too: reward model against judge over its steps."""
+    """A training run: the words that its reward model likes and that grew over its steps and, with
+    a judge, reward model against judge."""
     run_steps: int = 10
     """Steps of the run that are looked at, evenly spread."""
     run_samples: int = 8

@@ -67,8 +67,6 @@ def load_inputs(benchmark: Benchmark, config: EvalConfig) -> Inputs:
     if config.requirements and benchmark != "writingbench":
         raise UserError(f"requirements belong to writingbench, got them with {benchmark}")
     monitor = config.monitor
-    if monitor.run and not config.judge.base_url:
-        raise UserError("monitor.run needs a judge: set judge.base_url and judge.model")
     return Inputs(
         items,
         responses,

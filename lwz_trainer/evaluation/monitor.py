@@ -28,6 +28,8 @@ __all__ = [
     "Overused",
     "SystemSigns",
     "TrainingSample",
+    "favoured_words",
+    "grown_words",
     "overused_words",
     "rank_correlation",
     "system_signs",
@@ -87,23 +89,27 @@ class Overused:
 
 @dataclass(frozen=True)
 class TrainingSample:
-    """A sample of a run, for the judge.
+    """A sample of a run.
 
     Attributes:
         step: of the run.
+        group: samples of one step and group answer one request.
         item: its prompt, numbered within all samples that are read.
         answer: text without thinking.
         reward: the reward model's score; NaN where it failed.
         redundancy: as recorded.
         num_words: of the answer.
+        is_judged: it is one of those that the judge is asked about.
     """
 
     step: int
+    group: int
     item: Item
     answer: str
     reward: float
     redundancy: float
     num_words: int
+    is_judged: bool
 
 
 def wanted_range(item: Item) -> tuple[int, int] | None:
@@ -164,8 +170,8 @@ def overused_words(
     """
     mine, others = _word_counts(texts), _word_counts(baseline)
     n, m = mine.total(), others.total()
-    if not n or not m:
-        return []
+    if not n or not m or len(mine.keys() | others.keys()) == 1:
+        return []  # a single word has no odds against others
     found = []
     for word, count in mine.items():
         prior = prior_weight * (count + others[word]) / (n + m)
@@ -178,12 +184,12 @@ def overused_words(
 
 
 def training_samples(run_dir: Path, *, num_steps: int, per_step: int) -> list[TrainingSample]:
-    """Samples of evenly spread steps of a run, the first members of its groups.
+    """Samples of evenly spread steps of a run, the first members of its groups first.
 
     Args:
         run_dir: with `samples/step_*.parquet`.
         num_steps: at most so many steps, the first and the last among them.
-        per_step: at most so many samples of a step.
+        per_step: so many samples of a step are judged.
 
     Raises:
         UserError: no samples, a file that cannot be read, or no reward model's score in them.
@@ -197,19 +203,51 @@ def training_samples(run_dir: Path, *, num_steps: int, per_step: int) -> list[Tr
     samples: list[TrainingSample] = []
     for step in spread_steps(sorted(path_of), num_steps):
         rows = _sample_rows(path_of[step])
-        for row in sorted(rows, key=lambda row: (row["member"], row["group"]))[:per_step]:
+        rows.sort(key=lambda row: (row["member"], row["group"]))
+        for place, row in enumerate(rows):
             reward = row["reward_writing"]
             samples.append(
                 TrainingSample(
                     step=step,
+                    group=row["group"],
                     item=Item(index=len(samples), prompt=row["prompt"], group=f"step {step}"),
                     answer=row["answer"],
                     reward=math.nan if reward is None else reward,
                     redundancy=row["redundancy"],
                     num_words=row["words_answer"],
+                    is_judged=place < per_step,
                 )
             )
     return samples
+
+
+def favoured_words(samples: Sequence[TrainingSample]) -> list[Overused]:
+    """Words of the answers that the reward model put above their group's mean, against the others.
+
+    A group has one request, so its subject is on both sides.
+    """
+    groups: dict[tuple[int, int], list[TrainingSample]] = {}
+    for sample in samples:
+        if math.isfinite(sample.reward):
+            groups.setdefault((sample.step, sample.group), []).append(sample)
+    above: list[str] = []
+    others: list[str] = []
+    for members in groups.values():
+        mean = mean_of([member.reward for member in members])
+        for member in members:
+            (above if member.reward > mean else others).append(member.answer)
+    return overused_words(above, others)
+
+
+def grown_words(samples: Sequence[TrainingSample]) -> list[Overused]:
+    """Words of the later half of the steps, against the earlier half."""
+    steps = sorted({sample.step for sample in samples})
+    half = len(steps) // 2
+    earlier, later = set(steps[:half]), set(steps[len(steps) - half :])
+    return overused_words(
+        [sample.answer for sample in samples if sample.step in later],
+        [sample.answer for sample in samples if sample.step in earlier],
+    )
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:

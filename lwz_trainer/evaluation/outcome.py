@@ -14,6 +14,8 @@ from lwz_trainer.evaluation.items import Benchmark, Item, Requirement
 from lwz_trainer.evaluation.means import mean_of
 from lwz_trainer.evaluation.monitor import (
     TrainingSample,
+    favoured_words,
+    grown_words,
     overused_words,
     rank_correlation,
     system_signs,
@@ -23,8 +25,10 @@ from lwz_trainer.evaluation.scores import length_scores, quality_score, writing_
 from lwz_trainer.evaluation.tables import (
     Table,
     arena_tables,
+    cell_text,
     length_tables,
     monitor_tables,
+    training_words_table,
     writing_tables,
 )
 from lwz_trainer.rewards.text import count_words
@@ -200,9 +204,11 @@ def training_system(step: int) -> str:
 
 
 def training_outcome(samples: Sequence[TrainingSample], judgments: Judgments) -> Outcome:
-    """Reward model against judge over a run's steps: table, figure and, if so, a warning."""
+    """A run's words; reward model against judge over its steps, with a warning if they part."""
     steps: dict[int, list[tuple[TrainingSample, float]]] = {}
     for sample in samples:
+        if not sample.is_judged:
+            continue
         judgment = judgments.get((training_system(sample.step), sample.item.index, "quality"))
         score = math.nan if judgment is None else quality_score(judgment)
         steps.setdefault(sample.step, []).append((sample, score))
@@ -229,9 +235,9 @@ def training_outcome(samples: Sequence[TrainingSample], judgments: Judgments) ->
     table = Table(
         "training",
         "Reward model against judge over training",
-        "Means over the judged samples of each step; the judge's score is S_q, 0 to 100. "
-        f"Spearman correlation of the two: {over_samples:.2f} over {len(scored)} samples, "
-        f"{over_steps:.2f} over {len(whole)} steps.",
+        "Means over some samples of each step; the judge's score is S_q, 0 to 100. "
+        f"Spearman correlation of the two: {cell_text(over_samples)} over {len(scored)} samples, "
+        f"{cell_text(over_steps)} over {len(whole)} steps.",
         ("step", "samples", "reward model", "judge", "redundancy", "words"),
         tuple(rows),
     )
@@ -247,7 +253,7 @@ def training_outcome(samples: Sequence[TrainingSample], judgments: Judgments) ->
     return Outcome(
         scores={},
         rows=[],
-        tables=[table],
+        tables=[table, training_words_table(favoured_words(samples), grown_words(samples))],
         figures=[figure] if figure else [],
         warnings=_drift_warning(whole),
         training={"over_samples": over_samples, "over_steps": over_steps},

@@ -106,6 +106,7 @@ def _run(benchmark: Benchmark, config: EvalConfig, inputs: Inputs, judge: Judge 
         calls += [
             quality_call(training_system(sample.step), sample.item, sample.answer)
             for sample in inputs.training
+            if sample.is_judged
         ]
         with _progress("judgments") as on_progress:
             judged = judge_all(calls, judge, Journal(out / "judgments.jsonl"), on_progress)

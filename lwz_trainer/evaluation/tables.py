@@ -21,6 +21,7 @@ __all__ = [
     "monitor_tables",
     "table_csv",
     "table_markdown",
+    "training_words_table",
     "writing_tables",
 ]
 
@@ -236,6 +237,24 @@ def monitor_tables(
             ),
         ),
     ]
+
+
+def training_words_table(favoured: Sequence[Overused], grown: Sequence[Overused]) -> Table:
+    """What the reward model likes, and what became more frequent: the same words are a sign."""
+    kinds = {"scored higher": favoured, "later steps": grown}
+    return Table(
+        "training_words",
+        "Words over training",
+        "Words of all samples of the steps that were read, by the z-value of their log-odds. "
+        "“Scored higher”: in answers that the reward model put above their group's mean, against "
+        "the group's others. “Later steps”: in the later half of the steps, against the earlier.",
+        ("kind", "word", "z", "log-odds", "uses", "uses in the others"),
+        tuple(
+            (kind, o.word, o.z, o.log_odds, o.count, o.baseline_count)
+            for kind, words in kinds.items()
+            for o in words
+        ),
+    )
 
 
 def _by_name(name: str, title: str, head: str, values: Mapping[str, Mapping[str, float]]) -> Table:

@@ -3,8 +3,6 @@
 import csv
 import dataclasses
 import json
-import math
-import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +18,7 @@ from lwz_trainer.errors import UserError
 from lwz_trainer.evaluation.generation import generate_responses, resolve_sampling
 from lwz_trainer.evaluation.items import load_items
 from lwz_trainer.evaluation.journal import Journal
-from lwz_trainer.evaluation.judging import JudgeCall, judge_all, judge_calls
-from lwz_trainer.evaluation.outcome import evaluate
+from lwz_trainer.evaluation.judging import JudgeCall
 from lwz_trainer.evaluation.run import run_evaluation
 from lwz_trainer.train.records import write_records
 from tests.processes import Program
@@ -222,20 +219,28 @@ def test_arena_evaluation_rates_systems_against_baselines(tmp_path: Path) -> Non
 def test_eval_command_judges_through_a_failing_server(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = write_jsonl(tmp_path / "l.jsonl", [longbench_record(n) for n in (10, 20, 30)])
-    answers = [{"index": i, "response": "word " * n} for i, n in enumerate((10, 40, 30))]
+    data = write_jsonl(tmp_path / "l.jsonl", [longbench_record(n) for n in (10, 20, 30, 40)])
+    answers = [{"index": i, "response": "word " * n} for i, n in enumerate((10, 40, 30, 40))]
     path = write_jsonl(tmp_path / "a.jsonl", answers)
-    replies: dict[str, list[Reply]] = {
+    whole = quality_reply(5, 5, 5, 5, 5, 3)
+    replies: dict[str, list[Reply | Hang]] = {
         "10": [Reply("busy", status=429, headers={"Retry-After": "0"})],
         "20": [chat_reply(quality_reply(9, 1, 1, 1, 1, 1)), chat_reply("I like it.")],
         "30": [chat_reply("{}")] * 9,
+        "40": [
+            Reply("", status=500),
+            Hang(1.1),
+            Reply("<html>"),
+            Reply(chat_reply(whole).body, cut=9),
+            chat_reply(whole[:-9]),
+        ],
     }
 
-    def answer(body: dict[str, Any], number: int) -> Reply:
+    def answer(body: dict[str, Any], number: int) -> Reply | Hang:
         words = user_text(body).split("Report in ")[1].split()[0]
         if replies[words]:
             return replies[words].pop(0)
-        return chat_reply(quality_reply(5, 5, 5, 5, 5, 3))
+        return chat_reply(whole)
 
     with FaultServer(answer) as server:
         arguments = [
@@ -248,13 +253,14 @@ def test_eval_command_judges_through_a_failing_server(
             f"--judge.base_url={server.base_url}",
             "--judge.model=critic",
             "--judge.backoff_s=0.01",
+            "--judge.timeout_s=1",
         ]
         assert main(arguments) == 0
         assert "1 calls failed" in capsys.readouterr().out
         results = json.loads((tmp_path / "out" / "results.json").read_text())
         quality = (5 * 100 + 50) / 6
         assert results["scores"]["a"]["quality"] == pytest.approx(quality)
-        assert results["scores"]["a"]["length"] == pytest.approx((100 + 200 / 3 + 100) / 3)
+        assert results["scores"]["a"]["length"] == pytest.approx((100 + 200 / 3 + 100 + 100) / 4)
         assert results["scores"]["a"]["items"]["2"][2] is None
         assert (server.bodies[0]["temperature"], server.bodies[0]["max_tokens"]) == (0.5, 1024)
         num_paid = len(server.bodies)
@@ -395,9 +401,19 @@ def test_generation_by_an_endpoint_sends_the_benchmarks_sampling(
 
 
 def test_monitor_judges_samples_of_a_run(tmp_path: Path) -> None:
-    row = {"prompt": "Write.", "answer": "text", "words_answer": 1, "redundancy": 0.5}
+    row = {"prompt": "Write.", "words_answer": 1, "redundancy": 0.5, "group": 0}
     for step in (1, 2):
-        rows = [row | {"group": 0, "member": m, "reward_writing": step / 10} for m in (0, 1)]
+        rows = [
+            row
+            | {
+                "member": member,
+                # Members with an even number score higher, and have a word of their own.
+                "reward_writing": step / (10 if member % 2 == 0 else 20),
+                "answer": ("sea tapestry" if member % 2 == 0 else "sea calm")
+                + " later" * (step - 1),
+            }
+            for member in range(40)
+        ]
         write_records(tmp_path / "run" / "samples" / f"step_{step:05d}.parquet", rows)
     config = writing_case(
         tmp_path,
@@ -423,6 +439,14 @@ def test_monitor_judges_samples_of_a_run(tmp_path: Path) -> None:
     results = json.loads((out / "results.json").read_text())
     assert results["scores"]["a"]["overall"] == 6.25
     assert results["training"] == {"over_samples": None, "over_steps": None}  # of two points
+    assert sum(system.startswith("training step") for system, _, _ in judge.asked) == 2
+    words = [(w["kind"], w["word"]) for w in read_csv(out / "tables" / "training_words.csv")]
+    assert words == [("scored higher", "tapestry"), ("later steps", "later")]
+    alone = dataclasses.replace(config, output_dir=str(tmp_path / "alone"), judge=EndpointConfig())
+    run_evaluation("writingbench", alone)
+    rows_read = read_csv(tmp_path / "alone" / "tables" / "training.csv")
+    assert [(r["reward model"], r["judge"]) for r in rows_read] == [("0.1", ""), ("0.2", "")]
+    assert "There is no judge" in (tmp_path / "alone" / "report.md").read_text()
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl"])
@@ -476,7 +500,7 @@ def break_line(folder: Path, arguments: list[str]) -> list[str]:
         (set_flag("generate.model", "no/where/at/all"), "generate.name and a model"),
         (set_flag("generate.endpoint.temperature", "1"), "set generate.temperature instead"),
         (set_flag("judge.base_url", "ftp://x"), "endpoint.base_url must look like"),
-        (set_flag("monitor.run", "run"), "monitor.run needs a judge"),
+        (set_flag("monitor.run", "run"), "run has no readable samples"),
         (set_flag("elo.virtual_ties", "-1"), "elo.virtual_ties"),
         (
             lambda folder, arguments: [*arguments, "--requirements", "length=a,b"],
@@ -520,45 +544,3 @@ def test_eval_refuses_bad_input_in_one_line_and_writes_nothing(
     assert len(errors) == 1, errors
     assert expected in errors[0]
     assert not out.exists()
-
-
-def test_public_benchmarks_aggregate_to_hand_computed_figures(tmp_path: Path) -> None:
-    folder = Path(os.environ.get("LWZ_BENCHMARKS", ""))
-    if not os.environ.get("LWZ_BENCHMARKS") or not (folder / "benchmark_all.jsonl").exists():
-        pytest.skip("LWZ_BENCHMARKS names no directory with benchmark_all.jsonl")
-    items = load_items("writingbench", folder / "benchmark_all.jsonl")
-    answers = {item.index: f"Piece {item.index}." for item in items}
-    calls = judge_calls("writingbench", items, {"a": answers})
-    # Criterion i of a query scores i + 1, but for the first query's first one, which is missing.
-    places = {
-        (item.index, criterion.name): place
-        for item in items
-        for place, criterion in enumerate(item.criteria)
-    }
-    first = (items[0].index, items[0].criteria[0].name)
-    judge = StubJudge(
-        lambda call: (
-            None
-            if (call.index, call.part) == first
-            else json.dumps({"score": places[call.index, call.part] + 1})
-        )
-    )
-    result = judge_all(calls, judge, Journal(tmp_path / "j.jsonl"), lambda done, total: None)
-    assert len(result.failures) == 1
-    outcome = evaluate(
-        "writingbench",
-        items,
-        {"a": answers},
-        result.judgments,
-        requirements=[],
-        baseline_texts=None,
-        elo=EloConfig(),
-    )
-    scores = outcome.scores["a"]
-    assert scores["overall"] == pytest.approx((1000 * 15 - 1) / 4999)
-    assert (scores["num_scores"], scores["num_missing"]) == (4999, 1)
-    # Every query's mean is 3, the first one's (2 + 3 + 4 + 5)/4 = 3.5.
-    domain_size = sum(item.group == items[0].group for item in items)
-    assert scores["domains"][items[0].group] == pytest.approx(3 + 0.5 / domain_size)
-    assert sum(math.isclose(mean, 3) for mean in scores["domains"].values()) == 5
-    assert len(scores["subdomains"]) == 100

@@ -246,6 +246,11 @@ def test_overused_words_reads_chinese_and_caps_one_text() -> None:
     assert {overused.word for overused in found} == {"夜雨", "雨灯", "灯笼"}
 
 
+def test_overused_words_has_nothing_to_say_of_a_single_word() -> None:
+    assert overused_words(["word word word"] * 3, ["word"]) == []
+    assert overused_words(["word"], []) == []
+
+
 def test_rank_correlation_is_spearmans() -> None:
     assert rank_correlation([1, 2, 3, 4], [10, 20, 30, 400]) == pytest.approx(1)
     assert rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
@@ -257,7 +262,7 @@ def test_rank_correlation_is_spearmans() -> None:
 
 def training(rewards: list[float], scores: list[int]) -> Any:
     samples = [
-        TrainingSample(step, Item(step, "Write.", "x"), "text", reward, 0.0, 1)
+        TrainingSample(step, 0, Item(step, "Write.", "x"), "text", reward, 0.0, 1, is_judged=True)
         for step, reward in enumerate(rewards)
     ]
     judgments = {
@@ -332,7 +337,9 @@ def test_training_samples_need_the_writing_reward(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         write_records(tmp_path / "samples" / f"step_{step:05d}.parquet", rows)
     samples = training_samples(tmp_path, num_steps=2, per_step=3)
-    assert [sample.step for sample in samples] == [1, 1, 1, 3, 3, 3]
+    assert [sample.step for sample in samples] == [1] * 4 + [3] * 4
     # First members first, so that groups are covered before any has two.
-    assert [sample.reward for sample in samples[:3]] == [0.0, 1.0, 0.1]
-    assert [sample.item.index for sample in samples] == list(range(6))
+    assert [sample.reward for sample in samples[:4]] == [0.0, 1.0, 0.1, 1.1]
+    assert [sample.is_judged for sample in samples[:4]] == [True, True, True, False]
+    assert [sample.group for sample in samples[:4]] == [0, 1, 0, 1]
+    assert [sample.item.index for sample in samples] == list(range(8))
