@@ -1,11 +1,5 @@
 """The engine `vllm_server` on a real `vllm serve`."""
 
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,51 +10,19 @@ from lwz_trainer.config.sections import RolloutConfig
 from lwz_trainer.config.vllm_server import VllmServerConfig
 from lwz_trainer.rollout.vllm import VllmServerEngine
 from tests.real_vllm.case import TEMPERATURE, load_model, trainer_logprobs
+from tests.real_vllm.serving import START_S, served
 from tests.trainer.rollout_case import make_requests
 
 pytest.importorskip("vllm", reason="`make test-vllm` makes an environment with vLLM")
-
-START_S = 600
 
 
 @pytest.fixture
 def base_url(tmp_path: Path) -> Iterator[str]:
     model_dir, _, _ = load_model(tmp_path)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model_dir)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "policy"]
-    command += ["--enforce-eager", "--dtype", "float32", "--max-model-len", "64"]
-    command += ["--logprobs-mode", "processed_logprobs"]
-    environment = {
-        "VLLM_SERVER_DEV_MODE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "NO_PROXY": "127.0.0.1",
-    }
-    log = tmp_path / "server.log"
-    with log.open("w") as file:
-        process = subprocess.Popen(command, env=os.environ | environment, stdout=file, stderr=file)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + START_S
-        while not _is_up(url):
-            assert process.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(0.5)
+    options = ["--served-model-name", "policy", "--dtype", "float32", "--max-model-len", "64"]
+    options += ["--logprobs-mode", "processed_logprobs"]
+    with served(model_dir, tmp_path / "server.log", *options, VLLM_SERVER_DEV_MODE="1") as url:
         yield f"{url}/v1"
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def _is_up(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
 
 
 @pytest.mark.timeout(START_S + 300)
