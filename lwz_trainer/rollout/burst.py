@@ -20,7 +20,7 @@ from lwz_trainer.rollout.attend import DecodeAttend
 from lwz_trainer.rollout.kv_cache import PagedKVCache
 from lwz_trainer.rollout.sampling import sample_tokens, uniforms_at
 
-__all__ = ["Burst", "DecodeRows", "capture_cuda_graph", "graph_batch_size"]
+__all__ = ["Burst", "CudaGraphs", "DecodeRows", "graph_batch_size"]
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
@@ -71,18 +71,25 @@ def graph_batch_size(batch: int, most: int) -> int:
     return min(size, most)
 
 
-def capture_cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
-    """Records `step` once and returns its replay; called with rows that are all inactive."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):  # compiles kernels and makes workspaces, which a capture must not
+class CudaGraphs:
+    """Records steps. Only one of them runs at a time and none keeps a value of its own for the
+    next, so all use the same scratch memory."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Records `step` once and returns its replay; called with rows that are all inactive."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles kernels and makes workspaces, which a capture must not
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
             step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+        return graph.replay
 
 
 class Burst:

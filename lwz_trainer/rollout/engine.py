@@ -1,7 +1,8 @@
 """Samples completions: admit, prefill, decode, sample, collect, until every group is complete.
 
-The engine runs the trainer's own module on the trainer's own parameters. Its cache lives only
-inside `generate`, so no page can outlast an update of the weights.
+The engine runs the trainer's own module on the trainer's own parameters. Which pages hold what is
+known only inside `generate`, so no page can outlast an update of the weights; the memory of the
+cache may stay at its addresses (`hold_cache`), and then recorded decode steps stay valid too.
 
 Out of memory makes the batch smaller: a prefill is split, half of the running sequences is
 preempted. What is sampled does not change, because a token depends on its key and not on its batch.
@@ -19,13 +20,13 @@ from torch import Tensor
 
 from lwz_kernels.attention import SegmentTable
 from lwz_trainer.config.sections import RolloutConfig
-from lwz_trainer.errors import TrainingStopped, UserError
+from lwz_trainer.errors import TrainingStopped
 from lwz_trainer.model.decoder import Decoder
 from lwz_trainer.model.linear import wide_logits
 from lwz_trainer.out_of_memory import is_out_of_memory, release_cached_memory
 from lwz_trainer.rollout.attend import PrefillAttend
-from lwz_trainer.rollout.burst import Burst, DecodeRows, capture_cuda_graph
-from lwz_trainer.rollout.kv_cache import PageAllocator, PagedKVCache, num_pages_for
+from lwz_trainer.rollout.burst import Burst, CudaGraphs, DecodeRows
+from lwz_trainer.rollout.kv_cache import CachePlan, PageAllocator, PagedKVCache, plan_pages
 from lwz_trainer.rollout.sampling import keyed_uniforms, sample_keys, sample_tokens
 from lwz_trainer.rollout.scheduler import PromptEntry, Scheduler
 from lwz_trainer.rollout.sequence import Request, Sample, Sequence
@@ -81,6 +82,18 @@ class _Phase:
     num_out_of_memory: int = 0
 
 
+@dataclass(eq=False)
+class _HeldCache:
+    """A cache at fixed addresses, and the steps that were recorded on it."""
+
+    plan: CachePlan
+    cache: PagedKVCache
+    require: Callable[[], None]
+    burst: Burst
+    weight_addresses: list[int]
+    """Of the model when the burst was made."""
+
+
 class RolloutEngine:
     """Continuous batching over a paged KV cache."""
 
@@ -108,29 +121,37 @@ class RolloutEngine:
         )
         self.expected_completion_tokens = float(config.max_completion_tokens)
         """Running estimate that admission goes by; carried from rollout to rollout."""
+        self._held: _HeldCache | None = None
 
-    def plan_cache(self, *, longest_prompt: int, num_samples: int) -> tuple[int, int, int]:
-        """Rows decoded together, pages of one row at full length, and pages in all.
+    def plan_cache(
+        self, *, longest_prompt: int, num_samples: int, memory_limit_bytes: int | None = None
+    ) -> CachePlan:
+        """Sizes for these samples within a limit, by default the engine's own.
 
         Raises:
             UserError: the memory limit or the config leaves no room for one sequence.
         """
-        config, model = self._config, self._model.config
-        full_length = longest_prompt + config.max_completion_tokens
-        pages_each = num_pages_for(full_length, config.page_size) + 1
-        max_num_seqs = min(config.max_num_seqs, num_samples)
-        page_elements = 2 * model.layers * config.page_size * model.kv_heads * model.head_dim
-        page_bytes = page_elements * self._model.head_weight.element_size()
-        num_pages = min(pages_each * (max_num_seqs + 1), self._memory_limit_bytes // page_bytes)
-        if config.kv_cache_tokens:
-            num_pages = num_pages_for(config.kv_cache_tokens, config.page_size)
-        if num_pages < pages_each:
-            raise UserError(
-                f"the KV cache has room for {num_pages * config.page_size} tokens, one sequence "
-                f"may need {pages_each * config.page_size}: lower rollout.max_completion_tokens or "
-                "raise rollout.kv_cache_tokens"
-            )
-        return max_num_seqs, pages_each, num_pages
+        limit = self._memory_limit_bytes if memory_limit_bytes is None else memory_limit_bytes
+        return plan_pages(
+            self._config,
+            self._model.config,
+            self._model.head_weight.dtype,
+            longest_prompt=longest_prompt,
+            num_samples=num_samples,
+            memory_limit_bytes=limit,
+        )
+
+    def hold_cache(self, plan: CachePlan, memory: Tensor, require: Callable[[], None]) -> None:
+        """From now on every rollout has its cache in `memory`.
+
+        Args:
+            plan: for the longest prompt and the most samples that will come.
+            memory: of the plan's shape; its content is nobody's between two rollouts.
+            require: called before a rollout; raises unless the memory is there.
+        """
+        cache = PagedKVCache(memory)
+        burst, addresses = self._make_burst(plan, cache), self._weight_addresses()
+        self._held = _HeldCache(plan, cache, require, burst, addresses)
 
     def generate(
         self,
@@ -196,47 +217,60 @@ class RolloutEngine:
 
     @torch.inference_mode()
     def _begin(self, requests: list[Request] | SharedWork) -> _Phase:
-        config, model = self._config, self._model.config
-        weight = self._model.head_weight
+        config = self._config
         own = requests.own if isinstance(requests, SharedWork) else requests
         known = requests.all if isinstance(requests, SharedWork) else requests
-        max_num_seqs, pages_each, num_pages = self.plan_cache(
-            longest_prompt=max(len(request.prompt_ids) for request in known),
-            num_samples=sum(len(request.samples) for request in own),
-        )
-        cache = PagedKVCache(
-            num_layers=model.layers,
-            num_pages=num_pages,
-            page_size=config.page_size,
-            num_kv_heads=model.kv_heads,
-            head_dim=model.head_dim,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
+        longest_prompt = max(len(request.prompt_ids) for request in known)
+        if self._held is None:
+            num_samples = sum(len(request.samples) for request in own)
+            plan = self.plan_cache(longest_prompt=longest_prompt, num_samples=num_samples)
+            device = self._model.head_weight.device
+            cache = PagedKVCache(torch.empty(plan.shape, dtype=plan.dtype, device=device))
+            burst = self._make_burst(plan, cache)
+        else:
+            plan, cache, burst = self._held_parts(self._held, longest_prompt)
         return _Phase(
             scheduler=Scheduler(
                 requests,
-                allocator=PageAllocator(num_pages),
+                allocator=PageAllocator(plan.num_pages),
                 page_size=config.page_size,
-                max_num_seqs=max_num_seqs,
+                max_num_seqs=plan.max_num_seqs,
                 max_completion_tokens=config.max_completion_tokens,
                 expected_completion_tokens=self.expected_completion_tokens,
             ),
             cache=cache,
-            page_table=torch.zeros(max_num_seqs, pages_each, dtype=torch.int32),
-            num_written=[0] * max_num_seqs,
-            burst=Burst(
-                self._model,
-                cache,
-                config,
-                eos_ids=self._eos_ids,
-                max_rows=max_num_seqs,
-                max_pages=pages_each,
-                max_steps=self._burst_steps,
-                capture=capture_cuda_graph if self._uses_graphs else None,
-            ),
+            page_table=torch.zeros(plan.max_num_seqs, plan.pages_each, dtype=torch.int32),
+            num_written=[0] * plan.max_num_seqs,
+            burst=burst,
             prefill_tokens=config.prefill_tokens,
         )
+
+    def _held_parts(
+        self, held: _HeldCache, longest_prompt: int
+    ) -> tuple[CachePlan, PagedKVCache, Burst]:
+        """What stays from rollout to rollout; steps are recorded anew if weights have moved."""
+        held.require()
+        longest = longest_prompt + self._config.max_completion_tokens
+        assert longest <= held.plan.max_tokens_each, f"the cache is not for {longest} tokens"
+        if (addresses := self._weight_addresses()) != held.weight_addresses:
+            held.burst = self._make_burst(held.plan, held.cache)
+            held.weight_addresses = addresses
+        return held.plan, held.cache, held.burst
+
+    def _make_burst(self, plan: CachePlan, cache: PagedKVCache) -> Burst:
+        return Burst(
+            self._model,
+            cache,
+            self._config,
+            eos_ids=self._eos_ids,
+            max_rows=plan.max_num_seqs,
+            max_pages=plan.pages_each,
+            max_steps=self._burst_steps,
+            capture=CudaGraphs() if self._uses_graphs else None,
+        )
+
+    def _weight_addresses(self) -> list[int]:
+        return [parameter.data_ptr() for parameter in self._model.parameters()]
 
     def _prefill(self, phase: _Phase, *, seed: int, step: int) -> None:
         """Admits what fits, fills its pages, and draws the first tokens of fresh sequences."""

@@ -1,26 +1,101 @@
-"""Pages of keys and values: storage, and reference-counted ownership.
+"""Pages of keys and values: how many, their storage, and reference-counted ownership.
 
 Page layout [num_pages, page_size, J, K] for each layer, as flash-attn and `paged_attention` expect.
 """
 
 import os
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["PageAllocator", "PagedKVCache", "kv_memory_limit", "num_pages_for"]
+from lwz_trainer.config.sections import RolloutConfig
+from lwz_trainer.errors import UserError
+from lwz_trainer.model.architecture import ModelConfig
+
+__all__ = [
+    "CachePlan",
+    "PageAllocator",
+    "PagedKVCache",
+    "free_memory",
+    "kv_memory_limit",
+    "num_pages_for",
+    "plan_pages",
+]
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that the device, on a CPU the system, could give to anyone now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def kv_memory_limit(device: torch.device) -> int:
-    """Bytes that the KV cache may take: a third of the memory that is free now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 3
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 3
+    """Bytes of a KV cache that comes and goes with each rollout: a third of what is free now."""
+    return free_memory(device) // 3
 
 
 def num_pages_for(num_tokens: int, page_size: int) -> int:
     """Pages that hold this many tokens."""
     return -(-num_tokens // page_size)
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """Sizes of a cache, and of the batch that it serves."""
+
+    max_num_seqs: int
+    """Rows decoded together."""
+    pages_each: int
+    """Pages of one row at full length."""
+    shape: torch.Size
+    """[2, layers, num_pages, page_size, J, K]: keys, then values."""
+    dtype: torch.dtype
+
+    @property
+    def num_pages(self) -> int:
+        return self.shape[2]
+
+    @property
+    def max_tokens_each(self) -> int:
+        return (self.pages_each - 1) * self.shape[3]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+
+def plan_pages(
+    config: RolloutConfig,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    *,
+    longest_prompt: int,
+    num_samples: int,
+    memory_limit_bytes: int,
+) -> CachePlan:
+    """Pages for all rows at full length, or what the limit or the config leaves.
+
+    Raises:
+        UserError: that is no room for one sequence.
+    """
+    full_length = longest_prompt + config.max_completion_tokens
+    pages_each = num_pages_for(full_length, config.page_size) + 1
+    max_num_seqs = min(config.max_num_seqs, num_samples)
+    page = (config.page_size, model.kv_heads, model.head_dim)
+    page_bytes = torch.Size((2, model.layers, *page)).numel() * dtype.itemsize
+    num_pages = min(pages_each * (max_num_seqs + 1), memory_limit_bytes // page_bytes)
+    if config.kv_cache_tokens:
+        num_pages = num_pages_for(config.kv_cache_tokens, config.page_size)
+    if num_pages < pages_each:
+        raise UserError(
+            f"the KV cache has room for {num_pages * config.page_size} tokens, one sequence "
+            f"may need {pages_each * config.page_size}: lower rollout.max_completion_tokens or "
+            "raise rollout.kv_cache_tokens"
+        )
+    shape = torch.Size((2, model.layers, num_pages, *page))
+    return CachePlan(max_num_seqs, pages_each, shape, dtype)
 
 
 class PageAllocator:
@@ -60,23 +135,15 @@ class PageAllocator:
 
 
 class PagedKVCache:
-    """Keys and values of all layers."""
+    """Keys and values of all layers.
 
-    def __init__(
-        self,
-        *,
-        num_layers: int,
-        num_pages: int,
-        page_size: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        shape = (num_layers, num_pages, page_size, num_kv_heads, head_dim)
-        self.page_size = page_size
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+    Args:
+        memory: [2, layers, num_pages, page_size, J, K], of any content.
+    """
+
+    def __init__(self, memory: Tensor) -> None:
+        self.page_size = memory.shape[3]
+        self.keys, self.values = memory
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, each [num_pages, page_size, J, K]."""

@@ -48,7 +48,7 @@ def test_generate_does_not_depend_on_the_burst(tmp_path: Path, steps: int, captu
     engine = make_engine(model, tokenizer, burst_steps=steps, **settings)
     if captures:
         with_captures(engine)
-    with mock.patch("lwz_trainer.rollout.engine.capture_cuda_graph", record_at_once):
+    with mock.patch("lwz_trainer.rollout.engine.CudaGraphs", return_value=record_at_once):
         ours, stats = engine.generate(requests, seed=3, step=2, policy_version=2)
     assert key(ours) == key(expected)
     assert stats.num_tokens == sum(len(sample.completion_ids) for sample in ours)
@@ -64,40 +64,72 @@ def test_generate_in_bursts_survives_preemption(tmp_path: Path, captures: bool) 
     tight.expected_completion_tokens = 1.0  # too optimistic, so that the pool does run out
     if captures:
         with_captures(tight)
-    with mock.patch("lwz_trainer.rollout.engine.capture_cuda_graph", record_at_once):
+    with mock.patch("lwz_trainer.rollout.engine.CudaGraphs", return_value=record_at_once):
         samples, stats = tight.generate(make_requests(), seed=3, step=2, policy_version=2)
     assert stats.num_preemptions > 0
     assert [s.completion_ids for s in samples] == [s.completion_ids for s in expected]
 
 
+def count_captures(captured: list[Any]) -> Any:
+    """Patches what records steps; each recorded step is added to the list."""
+    return mock.patch(
+        "lwz_trainer.rollout.engine.CudaGraphs",
+        return_value=lambda step: captured.append(step) or record_at_once(step),
+    )
+
+
 def test_generate_captures_one_step_for_each_batch_size(tmp_path: Path) -> None:
     model, tokenizer = load_tiny(tmp_path)
     engine = with_captures(make_engine(model, tokenizer, burst_steps=4, temperature=1.5))
-    captured = []
-    with mock.patch(
-        "lwz_trainer.rollout.engine.capture_cuda_graph",
-        lambda step: captured.append(step) or record_at_once(step),
-    ):
+    captured: list[Any] = []
+    with count_captures(captured):
         _, stats = engine.generate(make_requests(), seed=3, step=2, policy_version=2)
     assert 1 <= len(captured) <= 5  # 1, 2, 4, 8, 16
     assert stats.num_decode_steps > len(captured)
+
+
+def test_generate_keeps_what_it_recorded_on_a_held_cache(tmp_path: Path) -> None:
+    """As long as nothing that a recorded step names has moved."""
+    model, tokenizer = load_tiny(tmp_path)
+    requests = make_requests()
+    engine = with_captures(make_engine(model, tokenizer, burst_steps=4))
+    plan = engine.plan_cache(longest_prompt=21, num_samples=16)
+    memory = torch.full(plan.shape, torch.nan)
+    allowed, captured = mock.Mock(), []
+    with count_captures(captured):
+        engine.hold_cache(plan, memory, allowed)
+        for repeat in range(1, 3):
+            expected = sample_all(make_engine(model, tokenizer), requests)
+            assert key(sample_all(engine, requests)) == key(expected)
+            assert allowed.call_count == repeat
+            if repeat == 1:
+                num_captured = len(captured)
+            memory.fill_(torch.nan)  # another owner's bytes
+            with torch.no_grad():  # in place, as the optimizer does
+                model.layers[0].qkv_proj[0] += 3.0
+        assert len(captured) == num_captured > 0
+        weight = model.layers[0].qkv_proj
+        weight.data = weight.data.clone()
+        expected = sample_all(make_engine(model, tokenizer), requests)
+        assert key(sample_all(engine, requests)) == key(expected)
+        assert len(captured) == 2 * num_captured
+
+
+def test_generate_refuses_to_sample_into_memory_that_others_have(tmp_path: Path) -> None:
+    model, tokenizer = load_tiny(tmp_path)
+    engine = make_engine(model, tokenizer)
+    plan = engine.plan_cache(longest_prompt=21, num_samples=16)
+    engine.hold_cache(plan, torch.zeros(plan.shape), mock.Mock(side_effect=ValueError("not now")))
+    with pytest.raises(ValueError, match="not now"):
+        sample_all(engine, make_requests())
 
 
 def test_run_writes_nothing_for_rows_that_are_not_active(tmp_path: Path) -> None:
     """A recorded step of 8 rows with 5 sequences: the three other rows touch no page."""
     model, _ = load_tiny(tmp_path)
     config = model.config
-    cache = PagedKVCache(
-        num_layers=config.layers,
-        num_pages=8,
-        page_size=4,
-        num_kv_heads=config.kv_heads,
-        head_dim=config.head_dim,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-    )
-    cache.keys.fill_(7.0)
-    cache.values.fill_(7.0)
+    shape = (2, config.layers, 8, 4, config.kv_heads, config.head_dim)
+    cache = PagedKVCache(torch.full(shape, 7.0))
     captured = []
     section = mock.Mock(temperature=1.0, top_p=1.0, top_k=0, max_completion_tokens=100)
     burst = Burst(

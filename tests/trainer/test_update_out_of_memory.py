@@ -167,7 +167,7 @@ def test_train_goes_on_after_running_out_of_memory_once(
 def test_train_says_in_one_line_that_nothing_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def no_cache(self: PagedKVCache, **kwargs: Any) -> None:
+    def no_cache(self: PagedKVCache, memory: torch.Tensor) -> None:
         raise CPU_ERROR
 
     monkeypatch.setattr(PagedKVCache, "__init__", no_cache)
