@@ -15,6 +15,7 @@ from lwz_trainer.config.parallel import ParallelConfig
 from lwz_trainer.config.run import RunConfig
 from lwz_trainer.errors import TrainingStopped
 from lwz_trainer.parallel import Ranks
+from lwz_trainer.update.buffers import Buffers
 from lwz_trainer.update.fully_sharded import WholeCopy, shard_model
 from lwz_trainer.update.optimizer import FlatAdamW
 from lwz_trainer.update.sharded_adamw import ShardedAdamW
@@ -51,9 +52,19 @@ class TrainedWeights(Generic[M]):
             values of the main rank count.
         config: of the run.
         ranks: all of them make theirs together.
+        grads, state: where gradients and optimizer state lie, see `FlatAdamW`. The gradients of
+            parameters that are spread over the ranks are autograd's.
     """
 
-    def __init__(self, model: M, config: RunConfig, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        model: M,
+        config: RunConfig,
+        ranks: Ranks,
+        *,
+        grads: Buffers | None = None,
+        state: Buffers | None = None,
+    ) -> None:
         self.dtype = next(model.parameters()).dtype
         self._is_main = ranks.is_main
         self._model = model
@@ -64,10 +75,10 @@ class TrainedWeights(Generic[M]):
         if self._mesh is not None:
             self._copy = WholeCopy(model, self.trained)
             self._copy.release()
-            self.optimizer = ShardedAdamW(self.trained, config.optim)
+            self.optimizer = ShardedAdamW(self.trained, config.optim, state=state)
         else:
             shard_group = ranks.group if config.parallel.shard_optimizer else None
-            self.optimizer = FlatAdamW(model, config.optim, shard_group)
+            self.optimizer = FlatAdamW(model, config.optim, shard_group, grads=grads, state=state)
         self._addresses = self._present_addresses()
 
     def spread(self, model: M, *, trainable: bool) -> M:

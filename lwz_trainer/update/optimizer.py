@@ -22,6 +22,7 @@ from torch.optim.adamw import adamw
 
 from lwz_trainer.config.sections import OptimConfig
 from lwz_trainer.model.main_grad import attach_main_grad
+from lwz_trainer.update.buffers import Buffers, TorchBuffers
 
 __all__ = [
     "FlatAdamW",
@@ -122,6 +123,8 @@ class _Flat:
         parameters: list[nn.Parameter],
         weight_decay: float,
         group: dist.ProcessGroup | None,
+        grads: Buffers,
+        state: Buffers,
     ) -> None:
         dtypes = {parameter.dtype for parameter in parameters}
         assert dtypes in ({torch.float32}, {torch.bfloat16}), f"no masters for {dtypes}"
@@ -134,12 +137,13 @@ class _Flat:
         rank = 0 if group is None else dist.get_rank(group)
         share = -(-size // num_ranks)
         self.part = slice(rank * share, (rank + 1) * share)
+        self._state = state
         # Zeros, because the last ranks' shares may reach beyond the parameters.
         self._weights = torch.zeros(share * num_ranks, dtype=dtype, device=device)
         self._lower: Tensor | None = None
         if dtype == torch.bfloat16:
-            self._lower = torch.zeros(share, dtype=torch.int16, device=device)
-        self.grad = torch.zeros(share * num_ranks, dtype=torch.float32, device=device)
+            self._lower = state.zeros(share, torch.int16)
+        self.grad = grads.zeros(share * num_ranks, torch.float32)
         self.moments: dict[str, Tensor] = {}
         offset = 0
         for parameter in parameters:
@@ -198,10 +202,11 @@ class _Flat:
     def ensure_moments(self) -> dict[str, Tensor]:
         """AdamW's step count and two moments; made when they are first needed."""
         if not self.moments:
+            share = self.part.stop - self.part.start
             self.moments = {
                 "step": torch.zeros((), dtype=torch.float32, device=self.grad.device),
-                "exp_avg": torch.zeros_like(self.own_grad),
-                "exp_avg_sq": torch.zeros_like(self.own_grad),
+                "exp_avg": self._state.zeros(share, torch.float32),
+                "exp_avg_sq": self._state.zeros(share, torch.float32),
             }
         return self.moments
 
@@ -213,21 +218,35 @@ class FlatAdamW:
         model: its parameters are moved into flat buffers.
         config: of AdamW.
         shard_group: ranks that share the optimizer state; None: every rank holds all of it.
+        grads: where the gradients lie; None: in torch's memory.
+        state: where moments and lower halves lie; they are made at once then. None: in torch's
+            memory, when they are needed.
     """
 
     def __init__(
-        self, model: nn.Module, config: OptimConfig, shard_group: dist.ProcessGroup | None = None
+        self,
+        model: nn.Module,
+        config: OptimConfig,
+        shard_group: dist.ProcessGroup | None = None,
+        *,
+        grads: Buffers | None = None,
+        state: Buffers | None = None,
     ) -> None:
         self._config = config
         self._shard_group = shard_group
         parameters = [p for p in model.parameters() if p.requires_grad]
+        self._grads = grads or TorchBuffers(parameters[0].device)
+        self._state = state or TorchBuffers(parameters[0].device)
         matrices = [p for p in parameters if p.dim() >= 2]
         vectors = [p for p in parameters if p.dim() < 2]
         self._flats = [
-            _Flat(part, decay, shard_group)
+            _Flat(part, decay, shard_group, self._grads, self._state)
             for part, decay in ((matrices, config.weight_decay), (vectors, 0.0))
             if part
         ]
+        if state is not None:
+            for flat in self._flats:
+                flat.ensure_moments()
 
     @property
     def grads(self) -> list[Tensor]:
@@ -236,16 +255,13 @@ class FlatAdamW:
 
     def zero_grad(self) -> None:
         """Sets the gradients to 0, and takes their memory back if it was released."""
+        self._grads.restore()
         for grad in self.grads:
-            storage, size = grad.untyped_storage(), grad.numel() * grad.element_size()
-            if storage.nbytes() != size:  # a resize to the same size copies into new memory
-                storage.resize_(size)
             grad.zero_()
 
     def release_grads(self) -> None:
         """Gives the gradients' memory to others until `zero_grad`; their views stay valid."""
-        for grad in self.grads:
-            grad.untyped_storage().resize_(0)
+        self._grads.release()
 
     def reduce_grads(self, group: dist.ProcessGroup | None) -> Tensor:
         """Sums gradients over ranks; the loss is already divided by global counts.
@@ -283,6 +299,7 @@ class FlatAdamW:
             lr: of this step.
             grad_norm: of the whole gradient, from `reduce_grads`.
         """
+        self._state.wait()
         for flat in self._flats:
             grad = flat.own_grad
             clip_grads([grad], self._config, grad_norm)
@@ -315,6 +332,7 @@ class FlatAdamW:
         The names of a sharded optimizer's parts say whose they are; after loading into them comes
         `complete_weights`.
         """
+        self._state.wait()
         whose = ""
         if self._shard_group is not None:
             whose = f".rank_{dist.get_rank(self._shard_group)}"

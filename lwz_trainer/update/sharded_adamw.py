@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lwz_trainer.config.sections import OptimConfig
+from lwz_trainer.update.buffers import Buffers, TorchBuffers
 from lwz_trainer.update.fully_sharded import sharded_parameters
 from lwz_trainer.update.optimizer import adamw_step, clip_grads
 
@@ -24,17 +25,24 @@ class ShardedAdamW:
     Args:
         model: of `shard_model`, trainable.
         config: of AdamW.
+        state: where the moments lie; they are made at once then. None: in torch's memory, when they
+            are needed.
     """
 
-    def __init__(self, model: nn.Module, config: OptimConfig) -> None:
+    def __init__(
+        self, model: nn.Module, config: OptimConfig, *, state: Buffers | None = None
+    ) -> None:
         self._config = config
         parameters = sharded_parameters(model)
         # Of a parameter with fewer rows than ranks, some ranks have none.
         self._parameters = {n: p for n, p in parameters.items() if p.to_local().numel() > 0}
         self._moments: dict[str, tuple[Tensor, Tensor]] = {}
         first = next(iter(parameters.values()))
+        self._state = state or TorchBuffers(first.device)
         self._step = torch.zeros((), dtype=torch.float32, device=first.device)
         self._rank = first.device_mesh.get_rank()
+        if state is not None:
+            self._ensure_moments()
 
     @property
     def grads(self) -> list[Tensor]:
@@ -70,6 +78,7 @@ class ShardedAdamW:
             lr: of this step.
             grad_norm: of the whole gradient, from `reduce_grads`.
         """
+        self._state.wait()
         grads = self._grads()
         clip_grads(list(grads.values()), self._config, grad_norm)
         self._ensure_moments()
@@ -98,6 +107,7 @@ class ShardedAdamW:
 
         The names say whose rows they are.
         """
+        self._state.wait()
         self._ensure_moments()
         state = {"step": self._step}
         for name, parameter in self._parameters.items():
@@ -118,6 +128,9 @@ class ShardedAdamW:
     def _ensure_moments(self) -> None:
         if not self._moments:
             self._moments = {
-                name: (torch.zeros_like(local), torch.zeros_like(local))
+                name: (self._zeros_like(local), self._zeros_like(local))
                 for name, local in ((n, p.to_local()) for n, p in self._parameters.items())
             }
+
+    def _zeros_like(self, rows: Tensor) -> Tensor:
+        return self._state.zeros(rows.numel(), rows.dtype).view(rows.shape)
