@@ -64,6 +64,12 @@ class RolloutConfig:
     """Tokens in one page of the KV cache."""
     kv_cache_tokens: int = 0
     """Size of the KV cache in tokens on one rank; 0 sizes it for max_num_seqs within memory."""
+    memory: Literal["auto", "phase", "plain"] = "auto"
+    """"phase": the KV cache keeps its addresses over the run, and its pages are gradients and
+    activations in the update; "plain": torch's allocator; "auto": phase on a GPU that can."""
+    offload_optimizer: bool | None = None
+    """Keep the optimizer's state in host memory during the rollout; unset: on a GPU where the KV
+    cache that is wanted does not fit beside it."""
     prefill_tokens: int = 8192
     """Most prompt tokens processed in one forward pass."""
     burst_steps: int = 0
@@ -124,6 +130,17 @@ class RolloutConfig:
             raise UserError("rollout.stop holds an empty string: it would end every completion")
         if self.engine not in ("own", "vllm", "vllm_server"):
             raise UserError(f"rollout.engine must be own, vllm or vllm_server, got '{self.engine}'")
+        if self.memory not in ("auto", "phase", "plain"):
+            raise UserError(f"rollout.memory must be auto, phase or plain, got '{self.memory}'")
+        for name, is_set in (
+            ("memory phase", self.memory == "phase"),
+            ("offload_optimizer", self.offload_optimizer),
+        ):
+            if is_set and self.engine != "own":
+                raise UserError(
+                    f"rollout.{name} makes room for the KV cache of rollout.engine own, got "
+                    f"{self.engine}: leave it out"
+                )
         if self.engine == "vllm_server":
             self.server.require()
         if self.share_work and self.engine != "own":

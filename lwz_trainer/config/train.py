@@ -85,6 +85,10 @@ class TrainConfig:
         if self.parallel.sequence != 1:
             self._refuse_what_shards_cannot_do()
 
+    def num_samples_per_rank(self, num_ranks: int) -> int:
+        """Most samples of one step on one rank."""
+        return -(-self.data.prompts_per_step * self.rollout.group_size // num_ranks)
+
     def _refuse_what_waits_for_all_groups(self) -> None:
         """Settings under which a group's gradient depends on the other groups."""
         if self.loss.entropy_coef > 0 and self.loss.needs_num_sequences:

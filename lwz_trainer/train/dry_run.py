@@ -13,7 +13,7 @@ from lwz_trainer.config.reading import dump_config
 from lwz_trainer.config.run import RunConfig
 from lwz_trainer.parallel import local_world_size, start_ranks
 from lwz_trainer.train.command import DryRun
-from lwz_trainer.train.forecast import MemoryForecast, print_memory
+from lwz_trainer.train.forecast import MemoryForecast, gpu_memory_bytes, print_memory
 from lwz_trainer.train.step_forecast import Target
 
 __all__ = ["print_dry_run"]
@@ -42,6 +42,7 @@ def print_dry_run(
         num_ranks=asked.num_ranks or ranks.world_size,
         ranks_per_node=local,
         here=ranks.device,
+        device_bytes=gpu_memory_bytes(ranks.device, asked.device_gb),
     )
     memory, time_of_a_step = forecast(config, target)
     ranks.close()

@@ -1,5 +1,6 @@
 """What a rank holds in a step, counted from the shapes before anything is loaded."""
 
+import sys
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -10,9 +11,15 @@ from lwz_kernels.loss_head import default_chunk_bytes
 from lwz_trainer.config.parallel import SequencePlan, plan_sequence
 from lwz_trainer.config.train import TrainConfig
 from lwz_trainer.model.architecture import ModelConfig
-from lwz_trainer.rollout.kv_cache import num_pages_for
+from lwz_trainer.rollout.kv_cache import plan_pages
 
-__all__ = ["MemoryForecast", "forecast_memory", "num_parameters", "print_memory"]
+__all__ = [
+    "MemoryForecast",
+    "forecast_memory",
+    "gpu_memory_bytes",
+    "num_parameters",
+    "print_memory",
+]
 
 # Left free of a GPU: its context, libraries' workspaces, and gaps between tensors.
 SPARE_FRAC = 0.05
@@ -30,15 +37,19 @@ class MemoryForecast:
     update: dict[str, int]
     host: dict[str, int] = field(default_factory=dict)
     """In host memory; not part of the peak."""
+    parked: dict[str, int] = field(default_factory=dict)
+    """Of the update alone: on the host while the rollout runs."""
     is_interleaved: bool = False
     """The rollout and the update are there at the same time."""
 
     @property
     def phases(self) -> dict[str, dict[str, int]]:
         """Owners that are there together, beside those that always are."""
-        if self.is_interleaved:
-            return {"rollout and update": self.rollout | self.update}
-        return {"rollout": self.rollout, "update": self.update}
+        update = self.update | self.parked
+        if not self.is_interleaved:
+            return {"rollout": self.rollout, "update": update}
+        together = {"rollout and update": self.rollout | self.update}
+        return together | ({"update": update} if self.parked else {})
 
     @property
     def peak(self) -> int:
@@ -54,11 +65,13 @@ class MemoryForecast:
         """With the interpreter and its libraries, and what is left free of a GPU; 0: without."""
         if not program_bytes:
             return self
+        copies = {f"{owner}, on the host": size for owner, size in self.parked.items()}
+        counted = replace(self, always=self.always | copies)
         program = {
             "program and libraries": program_bytes,
-            "workspaces and gaps": int(PROCESS_SPARE_FRAC * self.peak),
+            "workspaces and gaps": int(PROCESS_SPARE_FRAC * counted.peak),
         }
-        return replace(self, always=self.always | program)
+        return replace(counted, always=counted.always | program)
 
     def misfits(self, device_bytes: int) -> list[str]:
         """For each phase that needs more than the device can give: how much, and what for."""
@@ -104,8 +117,12 @@ def forecast_memory(
     num_ranks: int = 1,
     ranks_per_node: int = 1,
     program_bytes: int = 0,
+    device_bytes: int | None = None,
 ) -> MemoryForecast:
     """What one rank of `num_ranks` holds, from the shapes alone.
+
+    Where `rollout.offload_optimizer` is unset, the optimizer's state waits on the host during the
+    rollout if a GPU of `device_bytes` cannot hold it beside the KV cache that is wanted.
 
     Args:
         config: of the run.
@@ -116,28 +133,68 @@ def forecast_memory(
         num_ranks, ranks_per_node: how many there are.
         program_bytes: of the interpreter and its libraries, on a CPU, where all of the process
             counts; then what is left free of a GPU is counted too.
+        device_bytes: memory of a GPU; None: not known, or there is none.
     """
+
+    def count(config: TrainConfig) -> MemoryForecast:
+        return _count_memory(
+            config,
+            model,
+            dtype=dtype,
+            device=device,
+            longest_prompt=longest_prompt,
+            num_ranks=num_ranks,
+            ranks_per_node=ranks_per_node,
+            program_bytes=program_bytes,
+        )
+
+    found = count(config)
+    is_undecided = config.rollout.offload_optimizer is None and config.rollout.engine == "own"
+    if not is_undecided or device_bytes is None:
+        return found
+    if not any(misfit.startswith("rollout") for misfit in found.misfits(device_bytes)):
+        return found
+    return count(replace(config, rollout=replace(config.rollout, offload_optimizer=True)))
+
+
+def _count_memory(
+    config: TrainConfig,
+    model: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    longest_prompt: int,
+    num_ranks: int,
+    ranks_per_node: int,
+    program_bytes: int,
+) -> MemoryForecast:
     size = dtype.itemsize
     count = num_parameters(model)
     is_fully_sharded = config.parallel.shard_parameters and num_ranks > 1
     shards = num_ranks if config.parallel.shard_optimizer or is_fully_sharded else 1
     holders = num_ranks if is_fully_sharded else 1  # of weights and gradients
+    state = {"AdamW moments": 8 * count // shards}
     if is_fully_sharded:
-        always = {"fp32 masters": 4 * count // holders, "AdamW moments": 8 * count // shards}
+        always = {"fp32 masters": 4 * count // holders}
     else:
-        always = {"weights": count * size, "AdamW moments": 8 * count // shards}
+        always = {"weights": count * size}
         if dtype != torch.float32:
-            always["lower halves of the masters"] = 2 * count // shards
+            state["lower halves of the masters"] = 2 * count // shards
+    parked = state if config.rollout.offload_optimizer else {}
+    if not parked:
+        always |= state
     if config.loss.kl_coef > 0:
         always["reference model"] = count * size // holders
     rollout = config.rollout
-    per_rank = -(-config.data.prompts_per_step * rollout.group_size // num_ranks)
-    rows = min(rollout.max_num_seqs, per_rank)
-    page_bytes = 2 * model.layers * rollout.page_size * model.kv_heads * model.head_dim * size
+    cache = plan_pages(
+        rollout,
+        model,
+        dtype,
+        longest_prompt=longest_prompt,
+        num_samples=config.num_samples_per_rank(num_ranks),
+        memory_limit_bytes=sys.maxsize,  # what is wanted
+    )
     longest = longest_prompt + rollout.max_completion_tokens
-    pages = (num_pages_for(longest, rollout.page_size) + 1) * (rows + 1)
-    if rollout.kv_cache_tokens:
-        pages = num_pages_for(rollout.kv_cache_tokens, rollout.page_size)
     plan = plan_sequence(
         config.parallel,
         heads=model.heads,
@@ -170,16 +227,18 @@ def forecast_memory(
         update["weights at hand and their gradients"] = gathered
     update["gradients, fp32"] = 4 * count // holders
     sampling = {
-        "KV cache": pages * page_bytes,
-        "logits of one decode step": 3 * rows * model.vocab_size * 4,
+        "KV cache": cache.num_bytes,
+        "logits of one decode step": 3 * cache.max_num_seqs * model.vocab_size * 4,
     }
     if is_fully_sharded:
         sampling["weights, gathered"] = count * size
+    host = {"inputs of all layers": kept} if is_offloaded else {}
     found = MemoryForecast(
         always=always,
         rollout=sampling,
         update=update,
-        host={"inputs of all layers": kept} if is_offloaded else {},
+        host=host | parked,
+        parked=parked,
         is_interleaved=config.update.is_interleaved,
     )
     return found.in_process(program_bytes)
@@ -256,12 +315,19 @@ def print_memory(
     num_ranks: int,
 ) -> None:
     """The table, and what does not fit: into `device_gb` GB, or where None into the GPU at hand."""
-    total = None if device_gb is None else int(device_gb * 1e9)
-    if total is None and device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
+    total = gpu_memory_bytes(device, device_gb)
     console.print(_memory_table(memory, total, num_ranks))
     for misfit in memory.misfits(total) if total else []:
         console.print(f"DOES NOT FIT, {misfit}", markup=False)
+
+
+def gpu_memory_bytes(device: torch.device, device_gb: float | None = None) -> int | None:
+    """Of a GPU of `device_gb` GB, or of the one at hand; None where there is none."""
+    if device_gb is not None:
+        return int(device_gb * 1e9)
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return None
 
 
 def _memory_table(memory: MemoryForecast, device_bytes: int | None, world_size: int) -> Table:
@@ -271,12 +337,16 @@ def _memory_table(memory: MemoryForecast, device_bytes: int | None, world_size: 
     for phase, owners in (
         ("always", memory.always),
         ("rollout", memory.rollout),
-        ("update", memory.update),
-        ("host, update", memory.host),
+        ("update", memory.update | memory.parked),
+        ("host", memory.host),
     ):
         for owner, size in owners.items():
             table.add_row(owner, phase, f"{size / 1e9:,.2f}")
     table.add_section()
+    for phase, owners in memory.phases.items():
+        if owners:
+            size = sum(memory.always.values()) + sum(owners.values())
+            table.add_row("all that is there at the same time", phase, f"{size / 1e9:,.2f}")
     table.add_row("peak", "", f"{memory.peak / 1e9:,.2f}")
     if device_bytes is not None:
         fits = "does not fit" if memory.misfits(device_bytes) else "fits"

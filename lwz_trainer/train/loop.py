@@ -27,12 +27,7 @@ from lwz_trainer.train.checkpoint import Progress
 from lwz_trainer.train.console import learned_line, step_line
 from lwz_trainer.train.groups import ScoredGroup
 from lwz_trainer.train.interleave import Interleaver
-from lwz_trainer.train.metrics import (
-    peak_memory_gb,
-    rollout_metrics,
-    sample_metrics,
-    step_warnings,
-)
+from lwz_trainer.train.metrics import rollout_metrics, sample_metrics, step_warnings
 from lwz_trainer.train.prompt_set import GroupPrompt, PromptSet
 from lwz_trainer.train.recorder import prepare_run_dir
 from lwz_trainer.train.records import sample_records, write_records
@@ -41,6 +36,7 @@ from lwz_trainer.train.run import Run
 from lwz_trainer.train.sampling import StepHooks, StepSampler, StepSamples
 from lwz_trainer.train.signals import StopSignal
 from lwz_trainer.train.starting import started_ranks
+from lwz_trainer.train.step_memory import StepMemory
 from lwz_trainer.train.weights import TrainedWeights
 from lwz_trainer.update.optimizer import learning_rate
 from lwz_trainer.update.policy_update import PolicyUpdate, UpdateMetrics
@@ -78,11 +74,13 @@ class Trainer:
         self._engine = make_engine(
             self._model, self._tokenizer, self._model_dir, config.rollout, ranks
         )
-        self._engine.plan_cache(
-            longest_prompt=self._prompts.longest, num_samples=config.rollout.max_num_seqs
+        self._memory = StepMemory(
+            config, self._model, self._engine, ranks, longest_prompt=self._prompts.longest
         )
         prepare_run_dir(config, ranks, self._model)
-        self._weights = TrainedWeights(self._model, config, ranks)
+        self._weights = TrainedWeights(
+            self._model, config, ranks, grads=self._memory.grads, state=self._memory.state
+        )
         self._optimizer = self._weights.optimizer
         self._update = PolicyUpdate(
             self._weights.trained,
@@ -145,6 +143,7 @@ class Trainer:
                 if is_traced:
                     name = f"step_{self._step:06d}_rank_{self._ranks.rank}.json"
                     self._timeline.write(self._run.dir / "trace" / name)
+        self._memory.enter_update()  # a rollout may have been interrupted
         self._run.save(self._progress())
         if not self._run.was_stopped(self._step):
             self._finish()
@@ -196,6 +195,8 @@ class Trainer:
 
             if self._interleaver is None:
                 self._optimizer.release_grads()
+            self._memory.enter_rollout()
+            if self._interleaver is None:
                 return sample(lambda group: None, lambda: None)
             with self._interleaver.rollout([group.request.group for group in groups]):
                 found = sample(self._interleaver.add, self._interleaver.advance)
@@ -205,6 +206,7 @@ class Trainer:
 
     def _update_policy(self, found: StepSamples, lr: float) -> UpdateMetrics:
         self._ranks.enter(f"updating, step {self._step + 1}")
+        self._memory.enter_update()
         if self._interleaver is not None:
             update = self._interleaver.finish(lr=lr)
         else:
@@ -220,6 +222,7 @@ class Trainer:
                     lr=lr,
                     on_microbatch=lambda done, total: bar.update(done, total=total),
                 )
+        self._memory.end_update()
         self._policy_version += update.num_updates
         return update
 
@@ -250,7 +253,7 @@ class Trainer:
         everything.sort(key=lambda record: (record["group"], record["member"]))
         if self._ranks.is_main:
             write_records(self._run.dir / "samples" / f"step_{self._step:06d}.parquet", everything)
-        (memory,) = self._ranks.max([peak_memory_gb(self._ranks.device)])
+        (memory,) = self._ranks.max([self._memory.peak_gb()])
         metrics: dict[str, Any] = {"step": self._step}
         metrics |= sample_metrics(everything)
         metrics |= update.values
@@ -262,6 +265,7 @@ class Trainer:
             "update/tokens_per_s": update.num_packed_tokens / times["time/update_s"],
             "memory/peak_gb": memory,
         }
+        metrics |= self._memory.metrics(self._ranks)
         if self._config.rewards.references_reward is not None:
             metrics["reward/reference_level"] = self._references.mean_level
         metrics["warnings"] = step_warnings(metrics)
@@ -298,6 +302,7 @@ class Trainer:
             f"{self._ranks.world_size} x {self._ranks.device.type}; {len(self._prompts)} prompts, "
             f"{per_step} samples a step, writing to {self._run.dir}"
         )
+        self._console.print(self._memory.description)
         for num_ranks, (scheme, _) in self._teams.plan.schemes.items():
             self._console.print(f"sequences of the update on {num_ranks} ranks: {scheme}")
 

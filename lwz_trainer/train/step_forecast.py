@@ -34,6 +34,8 @@ class Target:
     ranks_per_node: int
     here: torch.device
     """Of this process, which measures how fast it is."""
+    device_bytes: int | None
+    """Memory of the GPU, where there is one."""
 
     @property
     def program_bytes(self) -> int:
@@ -55,6 +57,7 @@ def forecast_train(config: TrainConfig, target: Target) -> tuple[MemoryForecast,
         num_ranks=target.num_ranks,
         ranks_per_node=target.ranks_per_node,
         program_bytes=target.program_bytes,
+        device_bytes=target.device_bytes,
     )
     rollout_s, update_s = _forecast_seconds(config, model, target, prompts.longest)
     return memory, (

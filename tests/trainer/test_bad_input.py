@@ -73,6 +73,14 @@ def test_train_refuses_a_bad_model(
         ({"rollout.temperature": 0}, "rollout.temperature must be above 0"),
         ({"data.template": "thinking"}, "unknown template 'thinking'"),
         ({"rollout.kv_cache_tokens": 16}, "raise rollout.kv_cache_tokens"),
+        (
+            {"rollout.kv_cache_tokens": 16, "rollout.memory": "phase"},
+            "raise rollout.kv_cache_tokens",
+        ),
+        (
+            {"rollout.memory": "phase", "rollout.engine": "vllm"},
+            "rollout.memory phase makes room for the KV cache of rollout.engine own",
+        ),
         ({"update.num_minibatches": 3}, "must be a multiple of update.num_minibatches"),
         ({"optim.warmup_steps": 4}, "must be below num_steps"),
         ({"rewards.length.weight": 0, "rewards.format.weight": 0}, "rewards"),

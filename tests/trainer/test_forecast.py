@@ -135,6 +135,34 @@ def test_forecast_of_32b_fits_64_gpus_of_80_gb_only_when_sharded() -> None:
     assert "weights, gathered 65.5 GB" in misfit
 
 
+def test_forecast_memory_parks_the_optimizer_when_the_cache_does_not_fit_beside_it() -> None:
+    config = load_config(TrainConfig, ROOT / "configs" / "qwen2.5_7b_8gpu.yaml")
+    kinds = {"dtype": torch.bfloat16, "device": CUDA, "longest_prompt": 1000, "num_ranks": 8}
+    unknown = forecast_memory(config, QWEN_7B, **kinds)
+    needed = int(sum((unknown.always | unknown.rollout).values()) / (1 - 0.05)) + 2
+    roomy = forecast_memory(config, QWEN_7B, **kinds, device_bytes=needed)
+    tight = forecast_memory(config, QWEN_7B, **kinds, device_bytes=needed - 4)
+    assert roomy == unknown
+    assert roomy.parked == {}
+    names = {"AdamW moments", "lower halves of the masters"}
+    assert tight.parked.keys() == tight.host.keys() == names
+    assert tight.always | tight.parked == roomy.always
+    assert not names & tight.phases["rollout"].keys()
+    assert names <= tight.phases["update"].keys()
+    never = replace(config, rollout=replace(config.rollout, offload_optimizer=False))
+    found = forecast_memory(never, QWEN_7B, **kinds, device_bytes=needed - 4)
+    assert found == unknown
+    assert found.misfits(needed - 4)[0].startswith("rollout: ")
+    both = replace(
+        config,
+        rollout=replace(config.rollout, offload_optimizer=True),
+        update=replace(config.update, schedule="interleaved"),
+    )
+    phases = forecast_memory(both, QWEN_7B, **kinds).phases
+    assert not names & phases["rollout and update"].keys()
+    assert names <= phases["update"].keys()
+
+
 def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Stands for attention: reads q, k and v, and has values of its own as large as q."""
     return q * 1.0 + (k.sum(1, keepdim=True) + v.sum(1, keepdim=True))

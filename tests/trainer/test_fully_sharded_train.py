@@ -13,7 +13,7 @@ from lwz_trainer.config.train import TrainConfig
 from lwz_trainer.errors import UserError
 from tests.trainer.test_train import assert_same_runs, final_weights
 from tests.trainer.test_watch import started
-from tests.trainer.train_case import make_run_args, run_cli
+from tests.trainer.train_case import IN_PHASES, make_run_args, run_cli
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -36,7 +36,8 @@ def kill_after_a_step(arguments: list[str], run_dir: Path) -> None:
 @pytest.mark.dist
 def test_train_samples_from_the_weights_that_it_trains(tmp_path: Path) -> None:
     """Packs on one and on two ranks, a reference model, a checkpoint, a kill: samples and weights
-    are those of one process, and bit for bit those of a run that was not killed."""
+    are those of one process, and bit for bit those of a run that was not killed. Pages take turns
+    in the one that was."""
     settings = {
         "num_steps": 3,
         "checkpoint.every": 1,
@@ -50,9 +51,10 @@ def test_train_samples_from_the_weights_that_it_trains(tmp_path: Path) -> None:
         "parallel.sequence_scheme": "ulysses",  # also where each rank takes itself for a node
         "parallel.shard_parameters": True,
     }
-    kill_after_a_step(make_run_args(tmp_path, "killed", **settings), tmp_path / "killed")
-    for name in ("whole", "killed"):
-        result = run_cli(make_run_args(tmp_path, name, **settings), processes=2)
+    in_phases = settings | IN_PHASES
+    kill_after_a_step(make_run_args(tmp_path, "killed", **in_phases), tmp_path / "killed")
+    for name, its_settings in (("whole", settings), ("killed", in_phases)):
+        result = run_cli(make_run_args(tmp_path, name, **its_settings), processes=2)
         assert result.returncode == 0, result.stderr[-2000:]
     assert "resumed from" in result.stdout
     assert_same_runs(tmp_path / "whole", tmp_path / "killed")

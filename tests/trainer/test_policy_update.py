@@ -11,10 +11,12 @@ from lwz_kernels.linear_policy_loss.reference import linear_policy_loss_referenc
 from lwz_trainer.config.loss import LossConfig
 from lwz_trainer.config.model import ModelSection
 from lwz_trainer.config.parallel import SequencePlan
-from lwz_trainer.config.sections import OptimConfig, UpdateConfig
+from lwz_trainer.config.sections import OptimConfig, RolloutConfig, UpdateConfig
+from lwz_trainer.config.train import TrainConfig
 from lwz_trainer.errors import TrainingStopped
 from lwz_trainer.model.decoder import Decoder
 from lwz_trainer.parallel import Ranks, Teams
+from lwz_trainer.train.step_memory import StepMemory
 from lwz_trainer.update import optimizer as optimizer_module
 from lwz_trainer.update.optimizer import FlatAdamW, join_halves, learning_rate, split_halves
 from lwz_trainer.update.packing import TrainSample
@@ -239,9 +241,13 @@ def test_zero_grad_takes_no_second_buffer(tmp_path: Path) -> None:
 
 
 def test_no_parameter_moves_in_50_steps(tmp_path: Path) -> None:
-    """The engine samples from the weights that the optimizer steps, in both phases."""
+    """The engine samples from the weights that the optimizer steps, in both phases; and into one
+    cache, whose pages belong to gradients and moments in between."""
     model, tokenizer = load_tiny(tmp_path)
-    optimizer = FlatAdamW(model, OptimConfig(lr=1e-3))
+    engine = make_engine(model, tokenizer, temperature=TEMPERATURE, max_completion_tokens=4)
+    config = TrainConfig(rollout=RolloutConfig(memory="phase", offload_optimizer=True))
+    memory = StepMemory(config, model, engine, ALONE, longest_prompt=3)
+    optimizer = FlatAdamW(model, OptimConfig(lr=1e-3), grads=memory.grads, state=memory.state)
     update = PolicyUpdate(
         model,
         optimizer,
@@ -254,12 +260,13 @@ def test_no_parameter_moves_in_50_steps(tmp_path: Path) -> None:
         max_completion_tokens=24,
         section=ModelSection(attention="sdpa", checkpoint_layers=False),
     )
-    engine = make_engine(model, tokenizer, temperature=TEMPERATURE, max_completion_tokens=4)
     request = make_requests()[:1]
     addresses = [p.data_ptr() for p in model.parameters()]
     first = [p.clone() for p in model.parameters()]
+    caches = set()
     for step in range(50):
-        optimizer.release_grads()
+        memory.enter_rollout()
+        caches.add(engine._held.cache.keys.data_ptr())
         samples = [
             TrainSample(
                 group=0,
@@ -273,8 +280,11 @@ def test_no_parameter_moves_in_50_steps(tmp_path: Path) -> None:
             for sample in sample_all(engine, request, step=step)
         ]
         assert [p.data_ptr() for p in model.parameters()] == addresses
+        memory.enter_update()
         update.run(samples, num_groups=1, lr=1e-3)
+        memory.end_update()
         assert [p.data_ptr() for p in model.parameters()] == addresses
+    assert len(caches) == 1
     assert not any(torch.equal(a, b) for a, b in zip(first, model.parameters(), strict=True))
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lwz_trainer.__main__ import main
 from tests.processes import Program
-from tests.trainer.train_case import make_run_args, read_metrics, run_cli
+from tests.trainer.train_case import IN_PHASES, make_run_args, read_metrics, run_cli
 
 
 def final_weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -89,8 +89,9 @@ def test_train_learns_what_is_rewarded(tmp_path: Path) -> None:
 
 
 def test_train_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """And with pages that take turns and an optimizer on the host, as in memory of its own."""
     assert main(make_run_args(tmp_path, "whole")) == 0
-    assert main(make_run_args(tmp_path, "halves", num_steps=2)) == 0
+    assert main(make_run_args(tmp_path, "halves", num_steps=2, **IN_PHASES)) == 0
     # As a kill in the middle of step 3 leaves it: later lines, a torn one, a half-written file.
     halves = tmp_path / "halves"
     with (halves / "metrics.jsonl").open("a") as file:
@@ -100,7 +101,7 @@ def test_train_resumes_bit_for_bit(tmp_path: Path) -> None:
     for path in sorted((halves / "final").iterdir()):
         path.unlink()
     (halves / "final").rmdir()
-    assert main(make_run_args(tmp_path, "halves")) == 0
+    assert main(make_run_args(tmp_path, "halves", **IN_PHASES)) == 0
     assert_same_runs(tmp_path / "whole", halves)
 
 
@@ -135,7 +136,10 @@ def wait_for_new_step(run_dir: Path, process: Program) -> None:
     [
         (signal.SIGTERM, {}),
         (signal.SIGINT, {}),
-        (signal.SIGTERM, {"update.schedule": "interleaved", "rewards.pool.workers": 2}),
+        (
+            signal.SIGTERM,
+            {"update.schedule": "interleaved", "rewards.pool.workers": 2} | IN_PHASES,
+        ),
     ],
     ids=["SIGTERM", "SIGINT", "interleaved"],
 )
@@ -172,12 +176,17 @@ def test_train_on_two_ranks_follows_the_same_curve(tmp_path: Path, groups: int) 
 @pytest.mark.dist
 def test_train_with_shared_sequences_and_a_sharded_optimizer(tmp_path: Path) -> None:
     """Packs on one and on two ranks, ZeRO, a checkpoint: the curve of one process, bit for bit
-    the same after a resume."""
+    the same after a resume in phase memory."""
     settings = {"num_steps": 3, "checkpoint.every": 1, "update.microbatch_tokens": 48}
     assert main(make_run_args(tmp_path, "one", **settings)) == 0
     settings |= {"parallel.sequence": "auto", "parallel.shard_optimizer": True}
-    for name, steps in (("whole", 3), ("halves", 2), ("halves", 3)):
-        arguments = make_run_args(tmp_path, name, **(settings | {"num_steps": steps}))
+    in_phases = settings | IN_PHASES
+    for name, steps, its in (
+        ("whole", 3, settings),
+        ("halves", 2, in_phases),
+        ("halves", 3, in_phases),
+    ):
+        arguments = make_run_args(tmp_path, name, **(its | {"num_steps": steps}))
         result = run_cli(arguments, processes=2)
         assert result.returncode == 0, result.stderr[-2000:]
         if steps == 2:

@@ -10,7 +10,10 @@ from typing import Any
 from tests.processes import ROOT, Program, rank_environment
 from tests.trainer.tiny import make_tiny_model
 
-__all__ = ["ROOT", "make_run_args", "read_metrics", "run_cli"]
+__all__ = ["IN_PHASES", "ROOT", "make_run_args", "read_metrics", "run_cli"]
+
+IN_PHASES = {"rollout.memory": "phase", "rollout.offload_optimizer": True}
+"""Settings under which everything that can takes turns in the same memory."""
 
 # Measured, not computed: they differ between two runs of the same thing.
 CLOCKS = ("time/", "rollout/tokens_per_s", "update/tokens_per_s", "memory/")
