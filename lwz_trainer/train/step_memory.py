@@ -75,6 +75,7 @@ class StepMemory:
         self._turns: _Turns | None = None
         self._parked: ParkedBuffers | None = None
         self._switch_s = {"memory/to_rollout_s": 0.0, "memory/to_update_s": 0.0}
+        state: Buffers = TorchBuffers(device)
         is_parked = _offloads_optimizer(config, model, ranks, longest_prompt)
         uses_phases, why_not = _uses_phases(config.rollout, device)
         if uses_phases:
@@ -90,14 +91,15 @@ class StepMemory:
                 is_interleaved=config.update.is_interleaved,
             )
             self.grads = self._turns.grads
-            self.state = self._turns.state if is_parked else TorchBuffers(device)
+            self.state = state  # made at once: the cache gets what is left
+            if is_parked:
+                state = self._turns.state
         else:
             engine.plan_cache(
                 longest_prompt=longest_prompt, num_samples=config.rollout.max_num_seqs
             )
         if is_parked:
-            self._parked = ParkedBuffers(self.state or TorchBuffers(device), device)
-            self.state = self._parked
+            self.state = self._parked = ParkedBuffers(state, device)
         kind = "KV cache and update take turns in the same pages" if uses_phases else "plain"
         where = "on the host during the rollout" if is_parked else "on the device"
         self.description = f"memory: {kind}{why_not}; optimizer state {where}"

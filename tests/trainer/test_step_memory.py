@@ -29,7 +29,7 @@ from tests.trainer.train_case import IN_PHASES, make_run_args, read_metrics
 CPU = torch.device("cpu")
 LONGEST_PROMPT = 21
 REQUESTS = make_requests(group_size=1)[:2]
-"""Two of the 64 samples that the cache is made for, so that it is larger than what the update has."""
+"""Two of the 64 samples that the cache, which is larger than what the update has, is made for."""
 
 
 class Case:
@@ -266,7 +266,7 @@ def test_phase_where_it_does_not_work_says_why(
     monkeypatch.setattr(step_memory, "unavailable_reason", lambda device: "no such driver")
     with pytest.raises(UserError, match=r"rollout.memory phase does not work .*no such driver"):
         Case(tmp_path)
-    with pytest.raises(UserError, match="rollout.memory must be auto, phase or plain"):
+    with pytest.raises(UserError, match=r"rollout.memory must be auto, phase or plain"):
         RolloutConfig(memory="virtual")  # type: ignore[arg-type]
     section = RolloutConfig()
     cuda = torch.device("cuda")
