@@ -18,7 +18,6 @@ from lwz_trainer.evaluation.items import (
     load_responses,
 )
 from lwz_trainer.evaluation.monitor import TrainingSample, training_samples
-from lwz_trainer.model.source import resolve_model_dir
 from lwz_trainer.rewards.text import split_paragraphs
 
 __all__ = ["Inputs", "load_inputs"]
@@ -103,6 +102,9 @@ def _check_names(
 def _check_generation(config: GenerateConfig) -> None:
     """The model and the template are there; both are read again where they are used."""
     if config.model:
+        # Here and not above: it brings in torch.
+        from lwz_trainer.model.source import resolve_model_dir
+
         resolve_model_dir(config.model)
     if config.name and config.template != "chat":
         load_template(config.template)

@@ -21,7 +21,6 @@ from lwz_trainer.config.evaluation import EvalConfig
 from lwz_trainer.config.reading import dump_config
 from lwz_trainer.endpoint import BlockingEndpoint
 from lwz_trainer.evaluation.answer import final_answer
-from lwz_trainer.evaluation.generation import generate_responses, resolve_sampling
 from lwz_trainer.evaluation.inputs import Inputs, load_inputs
 from lwz_trainer.evaluation.items import Benchmark
 from lwz_trainer.evaluation.journal import Journal
@@ -87,6 +86,9 @@ def _run(benchmark: Benchmark, config: EvalConfig, inputs: Inputs, judge: Judge 
     responses = dict(inputs.responses)
     failures: list[str] = []
     if config.generate.name:
+        # Here and not above: torch and transformers take seconds, and a judge needs neither.
+        from lwz_trainer.evaluation.generation import generate_responses, resolve_sampling
+
         with _progress("answers") as on_progress:
             responses[config.generate.name], failures = generate_responses(
                 config.generate,

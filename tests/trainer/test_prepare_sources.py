@@ -176,8 +176,21 @@ def test_find_files_looks_into_directories(tmp_path: Path) -> None:
         find_files("/no/such/place")
 
 
-def test_find_files_asks_the_hub_for_what_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_find_files_asks_the_hub_for_what_is_not_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import huggingface_hub
+
+    def download(repo_id: str, **options: Any) -> str:
+        assert (repo_id, options["repo_type"]) == ("allenai/WildChat-1M", "dataset")
+        assert options["allow_patterns"] == ["*.parquet", "*.jsonl"]
+        return str(tmp_path)
+
+    for name in ("train-1.parquet", "train-0.parquet", "README.md"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    found = find_files("allenai/WildChat-1M")
+    assert [file.name for file in found] == ["train-0.parquet", "train-1.parquet"]
 
     def offline(repo_id: str, **options: Any) -> str:
         assert repo_id == "allenai/WildChat-1M"
