@@ -93,15 +93,16 @@ def test_pool_forgets_what_nobody_waits_for() -> None:
 
 
 def test_close_ends_the_workers() -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     pool = make_pool(num_workers=3)
     pool.submit(0, make_samples("well"))
     pool.drain()
+    workers = set(threading.enumerate()) - before
+    assert workers
     pool.close()
-    deadline = time.monotonic() + 10
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threading.active_count() == before
+    for worker in workers:
+        worker.join(10)
+    assert not any(worker.is_alive() for worker in workers)
 
 
 @pytest.mark.parametrize("schedule", ["sequential", "interleaved"])
