@@ -50,7 +50,5 @@ def print_dry_run(
         return
     console = Console(highlight=False)
     console.print(dump_config(config), markup=False)
-    print_memory(
-        console, memory, ranks.device, device_gb=asked.device_gb, num_ranks=target.num_ranks
-    )
+    print_memory(console, memory, device_bytes=target.device_bytes, num_ranks=target.num_ranks)
     console.print(time_of_a_step)

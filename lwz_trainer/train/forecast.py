@@ -309,15 +309,13 @@ def _logits_bytes(
 def print_memory(
     console: Console,
     memory: MemoryForecast,
-    device: torch.device,
     *,
-    device_gb: float | None,
+    device_bytes: int | None,
     num_ranks: int,
 ) -> None:
-    """The table, and what does not fit: into `device_gb` GB, or where None into the GPU at hand."""
-    total = gpu_memory_bytes(device, device_gb)
-    console.print(_memory_table(memory, total, num_ranks))
-    for misfit in memory.misfits(total) if total else []:
+    """The table, and what does not fit into a GPU of `device_bytes`, where there is one."""
+    console.print(_memory_table(memory, device_bytes, num_ranks))
+    for misfit in memory.misfits(device_bytes) if device_bytes else []:
         console.print(f"DOES NOT FIT, {misfit}", markup=False)
 
 
