@@ -13,9 +13,13 @@ from tests.trainer.train_case import ROOT, make_run_args, read_metrics
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
 
 LAUNCH = ROOT / "examples" / "launch"
-# What the scripts call of Slurm: names of the nodes, and one process for each task.
+# What the scripts call of Slurm: names of the nodes, more than a pipe holds, and one process for
+# each task.
 SCONTROL = """#!/bin/bash
-[ "$*" = "show hostnames here,there" ] && printf 'localhost\\nthere\\n'
+set -eo pipefail
+[ "$*" = "show hostnames here,there" ]
+echo localhost
+seq -f 'there-%g' 20000
 """
 SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do shift; done
