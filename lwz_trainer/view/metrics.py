@@ -134,7 +134,9 @@ def learned_changes(metrics: Metrics) -> list[dict[str, Any]]:
     """
     changes = []
     for key, values in metrics.series.items():
-        is_reward = key.startswith("reward/") and not key.endswith(("_std", "_failed_frac"))
+        is_reward = key.startswith("reward/") and not key.endswith(
+            ("_std", "_failed_frac", "/worker_failures")
+        )
         if not is_reward and key not in {"words/answer_mean", "truncated_frac"}:
             continue
         finite = [value for value in values if value is not None and math.isfinite(value)]

@@ -83,6 +83,7 @@ def make_metrics(step: int, num_steps: int, rng: random.Random) -> dict[str, Any
         "memory/peak_gb": 61 + 9 * learned,
         "reward/structure": min(1, 0.2 + 0.8 * learned),
         "reward/strict_frac": min(1, 0.1 + 0.85 * learned),
+        "reward/worker_failures": float(step == 7),
         "reward/redundancy": max(0, 0.25 - 0.2 * learned + rng.gauss(0, 0.02)),
     }
     for name, top in (("length", 0.92), ("writing", 0.7), ("format", 0.97)):
@@ -440,6 +441,7 @@ def test_learned_changes_knows_what_should_fall(tmp_path):
     assert changes["words/answer_mean"]["good"] is None
     assert "reward/length_std" not in changes
     assert "reward/writing_failed_frac" not in changes
+    assert "reward/worker_failures" not in changes
 
 
 # ---- settings and steps -------------------------------------------------------------------------
@@ -576,10 +578,11 @@ def test_page_draws_charts_and_cards_in_a_browser(tmp_path):
         check=True,
     )
     dom = re.sub(r"<script.*?</script>", "", result.stdout, flags=re.S)
-    assert dom.count('<figure class="chart">') == 28
+    assert dom.count('<figure class="chart">') == 29
     assert dom.count('class="line ') >= 2 * 20
     assert dom.count('<article class="card"') == 3
     assert "Length reward" in dom
+    assert "Failed reward workers" in dom
     assert 'class="repeated"' in dom
     assert ">failed</span>" in dom
     assert '<b id="injected"' not in dom

@@ -11,6 +11,7 @@ const CHART_SECTIONS = [
       { title: "Redundancy", unit: "share of paragraphs", zero: true, series: [["reward/redundancy", "repeated"]] },
       { title: "Signal in groups", unit: "share", zero: true, series: [["distinct_frac", "distinct samples"], ["zero_spread_frac", "groups without spread"]] },
       { title: "Failed rewards", unit: "share", zero: true, series: [["reward/length_failed_frac", "length"], ["reward/writing_failed_frac", "writing"], ["reward/format_failed_frac", "format"]] },
+      { title: "Failed reward workers", unit: "per step", zero: true, series: [["reward/worker_failures", "failed"]] },
     ],
   },
   {
