@@ -5,7 +5,7 @@ seven products instead of five, and each sum has one order and one writer, so th
 to run. Scores are in units of log 2, so that exp2 needs no product of its own; lse is natural.
 Each tile has two loops: over blocks with a mask, and over those where every query sees every key.
 A table with prefixes compiles its own variant, in which keys are rows of two ranges.
-Offsets of rows are 64-bit up to the block and 32-bit within it. fp32 sums (fp64 for fp64).
+Offsets of heads and rows are 64-bit up to the block and 32-bit within it. fp32 sums (fp64 for fp64).
 """
 
 import triton
@@ -51,7 +51,7 @@ def attention_fwd_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """out and lse of one tile of queries and one head; heads run fastest and share keys in L2."""
-    i_h = tl.program_id(0) % H
+    i_h = tl.cast(tl.program_id(0) % H, tl.int64)
     q_start, num_q, k_start, last_key, prefix_len, prefix_jump = load_query_tile(
         p_tile + tl.program_id(0) // H * 6, HAS_PREFIX
     )
@@ -79,7 +79,7 @@ def attention_fwd_kernel(
             queries, b_m, b_l, b_acc, keys, i_k, SCALE_LOG2, WINDOW, HAS_PREFIX, False, D, BLOCK_K
         )
     LN_2: tl.constexpr = 0.6931471805599453
-    p_lse += i_h.to(tl.int64) * Tq + q_start
+    p_lse += i_h * Tq + q_start
     tl.store(p_lse + o_q, (b_m + tl.log2(b_l)) * LN_2, mask=m_q)
     p_out += q_start * H * D + i_h * D
     store_rows(p_out, b_acc / b_l[:, None], o_q, H * D, m_q, D, BLOCK_D)
@@ -117,7 +117,7 @@ def attention_bwd_dq_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """dq of one tile of queries and one head."""
-    i_h = tl.program_id(0) % H
+    i_h = tl.cast(tl.program_id(0) % H, tl.int64)
     q_start, num_q, k_start, last_key, prefix_len, prefix_jump = load_query_tile(
         p_tile + tl.program_id(0) // H * 6, HAS_PREFIX
     )
@@ -129,7 +129,7 @@ def attention_bwd_dq_kernel(
     m_q = o_q < num_q
     b_q = load_rows(p_q, o_q, stride_qt, m_q, True, D, BLOCK_D)  # [BQ, BD]
     b_dout = load_rows(p_dout, o_q, stride_dt, m_q, True, D, BLOCK_D)  # [BQ, BD]
-    o_row = i_h.to(tl.int64) * Tq + q_start + o_q
+    o_row = i_h * Tq + q_start + o_q
     b_lse = load_lse(p_lse + o_row, m_q, True)  # [BQ]
     b_delta = tl.load(p_delta + o_row, mask=m_q, other=0.0)  # [BQ]
 
@@ -181,7 +181,7 @@ def attention_bwd_dkv_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """dk and dv of one tile of keys and one KV head, over all queries and heads that see it."""
-    i_j = tl.program_id(0) % J
+    i_j = tl.cast(tl.program_id(0) % J, tl.int64)
     p_tile += tl.program_id(0) // J * 3
     k_start = tl.load(p_tile).to(tl.int64)
     o_k = tl.arange(0, BLOCK_K)
@@ -205,8 +205,9 @@ def attention_bwd_dkv_kernel(
         first_column = tl.load(p_r + 5)
         end_column = tl.load(p_r + 6)
         keys = (b_k, b_v, last_column, first_column, end_column)
-        for i_h in range(i_j * G, i_j * G + G):
-            o_row = tl.cast(i_h, tl.int64) * Tq
+        for i_g in range(G):
+            i_h = i_j * G + i_g
+            o_row = i_h * Tq
             p_dh = p_dout + i_h * stride_dh
             p_qh = p_q + i_h * stride_qh
             rows = (p_dh, p_qh, p_lse + o_row, p_delta + o_row, stride_dt, stride_qt, q_end)

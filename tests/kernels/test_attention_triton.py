@@ -141,6 +141,19 @@ class TestInterpreted:
         for mine, truth in zip(ours, expected, strict=True):
             torch.testing.assert_close(mine, truth, rtol=1e-11, atol=1e-11)
 
+    def test_heads_may_lie_past_the_range_of_32_bits(self) -> None:
+        """Head-major q and dout of a long pack; memory between the heads is never touched."""
+        table = SegmentTable.from_cu_seqlens([0, 5])
+        q, k, v = make_case(table, (3, 1), 8, torch.float16)
+        dout, dlse = torch.randn_like(q), torch.randn(3, 5)
+        apart = run((q, k, v), table, (dout, dlse), None, "triton")
+        memory = torch.empty(2**31 + 80, dtype=torch.float16, device=DEVICE)
+        far = [memory[start:].as_strided(q.shape, (8, 2**30, 1)) for start in (0, 40)]
+        for mine, near in zip(far, (q, dout), strict=True):
+            mine.copy_(near)
+        found = run((far[0], k, v), table, (far[1], dlse), None, "triton")
+        assert all(torch.equal(a, b) for a, b in zip(found, apart, strict=True))
+
     def test_kernels_take_the_lse_of_a_larger_softmax(self) -> None:
         """Backward of two halves of the keys with the merged lse sums to the whole."""
         whole = SegmentTable([(0, 5, 0, 60)], 5, 60)
