@@ -19,6 +19,7 @@ from lwz_kernels.attention.torch_blocks import (
     attention_fwd_blocks,
 )
 from lwz_kernels.dtypes import wide_dtype
+from lwz_kernels.once_differentiable import register_once_differentiable
 
 __all__ = ["attention_op", "run_attention_bwd", "run_attention_fwd", "with_lse_gradient"]
 
@@ -160,6 +161,7 @@ def _autograd(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]
 
 
 torch.library.register_autograd("lwz::attention", _autograd, setup_context=_setup_context)
+register_once_differentiable("lwz::attention_backward")
 
 
 def with_lse_gradient(

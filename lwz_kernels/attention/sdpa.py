@@ -71,7 +71,8 @@ def _mask(table: SegmentTable, q_len: int, prefix_len: int, dtype: torch.dtype) 
     """[q_len, prefix_len + q_len] of 0, and −inf where query and key may not meet."""
 
     def build() -> tuple[Tensor]:
-        hidden = torch.full((q_len, prefix_len + q_len), float("-inf"), dtype=dtype)
+        shape = (q_len, prefix_len + q_len)
+        hidden = torch.full(shape, float("-inf"), dtype=dtype, device="cpu")
         return (hidden.triu_(prefix_len + 1),)
 
     return table.cached(("mask", q_len, prefix_len, dtype), build)[0]

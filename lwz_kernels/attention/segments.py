@@ -126,7 +126,9 @@ class SegmentTable:
     def cached(self, key: tuple, build: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """What `build` derives from the table; made once per key, which names the device too."""
         if key not in self._tensors:
-            self._tensors[key] = build()
+            # Autograd must be able to save them later, whoever asks first.
+            with torch.inference_mode(False):
+                self._tensors[key] = build()
         return self._tensors[key]
 
 

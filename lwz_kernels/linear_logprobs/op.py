@@ -14,6 +14,7 @@ from lwz_kernels.dtypes import wide_dtype
 from lwz_kernels.loss_head.checks import check_labels, without_autocast
 from lwz_kernels.loss_head.head import LossHead
 from lwz_kernels.loss_head.rows import RowPass, choose_rows
+from lwz_kernels.once_differentiable import register_once_differentiable
 
 __all__ = ["HeadOptions", "ShardedLinearLogprobs", "linear_logprobs_op"]
 
@@ -209,6 +210,7 @@ def _autograd(
 
 
 torch.library.register_autograd("lwz::linear_logprobs", _autograd, setup_context=_setup_context)
+register_once_differentiable("lwz::linear_logprobs_backward")
 
 
 class ShardedLinearLogprobs(torch.autograd.Function):

@@ -12,6 +12,7 @@ from lwz_kernels.dtypes import wide_dtype
 from lwz_kernels.loss_head.checks import check_labels
 from lwz_kernels.loss_head.chunks import balanced_slices, default_chunk_bytes
 from lwz_kernels.loss_head.rows import RowPass, choose_rows, finish_statistics
+from lwz_kernels.once_differentiable import register_once_differentiable
 
 __all__ = ["logprobs_from_logits_op"]
 
@@ -134,3 +135,4 @@ def _autograd(
 torch.library.register_autograd(
     "lwz::logprobs_from_logits", _autograd, setup_context=_setup_context
 )
+register_once_differentiable("lwz::logprobs_from_logits_backward")

@@ -145,6 +145,10 @@ def _check_caches(x: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
             f"expected {name} of 3 dimensions and two caches [num_pages, page_size, J, K] of one "
             f"shape, got {list(x.shape)}, {list(k_cache.shape)}, {list(v_cache.shape)}"
         )
+    if k_cache.shape[1] == 0:
+        raise ValueError(
+            f"expected caches with a page_size of at least 1, got {list(k_cache.shape)}"
+        )
     if x.shape[2] != k_cache.shape[3]:
         raise ValueError(
             f"head size of {name} is {x.shape[2]}, of the caches {k_cache.shape[3]}: expected equal"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lwz_kernels.dispatch import log_choice_once
+from lwz_kernels.once_differentiable import register_once_differentiable
 from lwz_kernels.qkv_rope.torch_rotation import qkv_rope_bwd_torch, qkv_rope_fwd_torch
 
 __all__ = ["qkv_rope_op"]
@@ -125,3 +126,4 @@ def _autograd(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | No
 
 
 torch.library.register_autograd("lwz::qkv_rope", _autograd, setup_context=_setup_context)
+register_once_differentiable("lwz::qkv_rope_backward")

@@ -141,6 +141,34 @@ def test_sdpa_ignores_autocast() -> None:
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
+def test_what_inference_mode_has_cached_serves_training() -> None:
+    table = SegmentTable.from_cu_seqlens(*PACKS["group"])
+    qkv = make_qkv(table.num_q, (4, 2))
+    with torch.inference_mode():
+        attention(*qkv, segments=table, impl="sdpa")
+    fresh = SegmentTable.from_cu_seqlens(*PACKS["group"])
+    found, expected = (values_and_grads(qkv, t, "sdpa") for t in (table, fresh))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_masks_do_not_depend_on_the_default_device() -> None:
+    tables = [SegmentTable.from_cu_seqlens(*PACKS["group"]) for _ in range(2)]
+    qkv = make_qkv(tables[0].num_q, (4, 2))
+    expected = attention(*qkv, segments=tables[0], impl="sdpa")
+    with torch.device("meta"):
+        found = attention(*qkv, segments=tables[1], impl="sdpa")
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_attention_has_no_second_derivative() -> None:
+    table = SegmentTable.from_cu_seqlens(*PACKS["ragged"])
+    qkv = make_qkv(table.num_q, (2, 1))
+    out, _ = attention(*qkv, segments=table, impl="torch")
+    (gradient,) = torch.autograd.grad(out.sum(), qkv[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="attention: differentiable once"):
+        gradient.square().sum().backward()
+
+
 def test_shared_prefix_equals_the_prompt_repeated_per_completion() -> None:
     """The packing that sharing replaces: prompt + completion as one sequence each."""
     prompt_len, completion_lens = 5, [3, 7, 1]

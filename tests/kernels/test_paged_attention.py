@@ -271,6 +271,11 @@ def _attention_case(**changes) -> dict:
     [
         ({"q": torch.zeros(2, 8)}, ValueError, "expected q of 3 dimensions"),
         ({"v_cache": torch.zeros(3, 4, 1, 8)}, ValueError, "of one shape"),
+        (
+            {"k_cache": torch.zeros(3, 0, 2, 8), "v_cache": torch.zeros(3, 0, 2, 8)},
+            ValueError,
+            "a page_size of at least 1",
+        ),
         ({"q": torch.zeros(2, 4, 16)}, ValueError, "head size of q is 16, of the caches 8"),
         ({"q": torch.zeros(2, 3, 8)}, ValueError, "got 3 and 2"),
         ({"q": torch.zeros(2, 4, 8).double()}, TypeError, "bfloat16, float16 or float32"),
