@@ -5,7 +5,7 @@ seven products instead of five, and each sum has one order and one writer, so th
 to run. Scores are in units of log 2, so that exp2 needs no product of its own; lse is natural.
 Each tile has two loops: over blocks with a mask, and over those where every query sees every key.
 A table with prefixes compiles its own variant, in which keys are rows of two ranges.
-Offsets of heads and rows are 64-bit up to the block and 32-bit within it. fp32 sums (fp64 for fp64).
+Offsets of heads and rows are 64-bit up to the block, 32-bit within it. fp32 sums (fp64 for fp64).
 """
 
 import triton

@@ -6,7 +6,12 @@ from torch import Tensor
 
 from lwz_kernels.linear_logprobs.op import HeadOptions, ShardedLinearLogprobs, linear_logprobs_op
 from lwz_kernels.linear_logprobs.reference import linear_logprobs_reference
-from lwz_kernels.loss_head.checks import check_head, expand_temperature, whole_weight
+from lwz_kernels.loss_head.checks import (
+    check_head,
+    check_softcap,
+    expand_temperature,
+    whole_weight,
+)
 from lwz_kernels.loss_head.chunks import default_chunk_bytes
 
 __all__ = ["linear_logprobs"]
@@ -37,7 +42,7 @@ def linear_logprobs(
         labels: [T] int64 in [0, V), or ignore_index: such rows cost nothing and give 0.
         bias: [V].
         temperature: scalar or [T], positive; divides the logits before the log-softmax.
-        softcap: logits become softcap · tanh(logits / softcap).
+        softcap: positive; logits become softcap · tanh(logits / softcap).
         logit_scale: multiplies the logits first.
         tp_group: ranks that hold consecutive parts of the vocabulary, in rank order.
         chunk_bytes: size of one fp32 chunk of logits (1.25 GB on CUDA, 64 MiB on a CPU).
@@ -64,6 +69,7 @@ def linear_logprobs(
     """
     weight = whole_weight(weight)
     check_head(hidden, weight, labels, bias, chunk_bytes)
+    check_softcap(softcap)
     temperature_T = expand_temperature(temperature, hidden)
     if impl == "reference":
         if tp_group is not None:

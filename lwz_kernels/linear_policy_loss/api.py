@@ -14,7 +14,12 @@ from lwz_kernels.linear_policy_loss.op import (
     linear_policy_loss_op,
 )
 from lwz_kernels.linear_policy_loss.reference import linear_policy_loss_reference
-from lwz_kernels.loss_head.checks import check_head, expand_temperature, whole_weight
+from lwz_kernels.loss_head.checks import (
+    check_head,
+    check_softcap,
+    expand_temperature,
+    whole_weight,
+)
 from lwz_kernels.loss_head.chunks import default_chunk_bytes
 
 __all__ = ["linear_policy_loss"]
@@ -74,7 +79,7 @@ def linear_policy_loss(
             not out of the KL term or the counts.
         bias: [V].
         temperature: scalar or [T]; divides the logits before the log-softmax.
-        softcap: logits become softcap · tanh(logits / softcap).
+        softcap: positive; logits become softcap · tanh(logits / softcap).
         logit_scale: multiplies the logits first.
         ignore_index: label of rows that do not count.
         tp_group: ranks that hold consecutive parts of the vocabulary, in rank order; hidden is the
@@ -125,12 +130,22 @@ def linear_policy_loss(
     }
     _check_rows(rows, labels)
     _check_counts(cu_seqlens, labels, num_loss_tokens, num_sequences, sequence_loss_tokens, config)
+    if sequence_group is not None and sequence_loss_tokens is None:
+        raise ValueError(
+            "sequence_group says that sequences are sharded: pass sequence_loss_tokens, the tokens "
+            "that count of each whole sequence"
+        )
     if config.kl_coef > 0 and ref_logprobs is None:
         raise ValueError("kl_coef > 0 needs ref_logprobs")
     if config.sampler_correction is not None and sampling_logprobs is None:
         raise ValueError("sampler_correction needs sampling_logprobs")
     if weight_grad is not None:
         _check_weight_grad(weight_grad, weight)
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
+    ):
+        _check_dtype(hidden)
+    check_softcap(softcap)
     temperature_T = expand_temperature(temperature, hidden)
     is_in_place = any(value is not None for value in (tp_group, sequence_group, weight_grad))
     if impl == "reference":
@@ -245,12 +260,26 @@ def _check_counts(
         )
 
 
+def _check_dtype(hidden: Tensor) -> None:
+    """A GradScaler's factor comes with the upstream gradient, after these have been rounded."""
+    if hidden.dtype == torch.float16:
+        raise NotImplementedError(
+            "linear_policy_loss: gradients are taken in forward, where in float16 they underflow "
+            "before a GradScaler scales them: use bfloat16, or linear_logprobs and a loss of yours"
+        )
+
+
 def _check_weight_grad(weight_grad: Tensor, weight: Tensor) -> None:
     wide = wide_dtype(weight.dtype)
     if weight_grad.shape != weight.shape or weight_grad.dtype != wide:
         raise ValueError(
             f"weight_grad must be {wide} {[*weight.shape]}, "
             f"got {weight_grad.dtype} {[*weight_grad.shape]}"
+        )
+    if torch.is_grad_enabled() and not weight.requires_grad:
+        raise ValueError(
+            "weight_grad was given, but weight does not require grad and nothing would be added: "
+            "pass the weight itself, not a detached one, or leave weight_grad out"
         )
 
 

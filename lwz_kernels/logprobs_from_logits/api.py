@@ -5,7 +5,8 @@ from torch import Tensor
 
 from lwz_kernels.logprobs_from_logits.op import logprobs_from_logits_op
 from lwz_kernels.logprobs_from_logits.reference import logprobs_from_logits_reference
-from lwz_kernels.loss_head.checks import expand_temperature
+from lwz_kernels.loss_head.checks import check_softcap, expand_temperature
+from lwz_kernels.loss_head.chunks import default_chunk_bytes
 
 __all__ = ["logprobs_from_logits"]
 
@@ -31,7 +32,7 @@ def logprobs_from_logits(
         logits: [..., V] floating point.
         labels: [...] int64 in [0, V), or ignore_index: such rows give 0.
         temperature: scalar or [...], positive.
-        softcap: logits become softcap · tanh(logits / softcap).
+        softcap: positive; logits become softcap · tanh(logits / softcap).
         logit_scale: multiplies the logits first.
         impl: "auto", "triton" (CUDA), "native" (CPU), "torch" (any) or "reference" (autograd).
 
@@ -61,10 +62,29 @@ def logprobs_from_logits(
         )
     if labels.device != logits.device:
         raise ValueError(f"labels is on {labels.device}, logits on {logits.device}")
-    logits_TV, labels_T = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    check_softcap(softcap)
+    of_rows: Tensor | None = None
     if isinstance(temperature, Tensor) and temperature.shape == labels.shape:
-        temperature = temperature.reshape(-1)
-    temperature_T = expand_temperature(temperature, logits_TV)
+        of_rows = temperature
+    if _would_copy_much(logits):
+        parts = [
+            logprobs_from_logits(
+                part,
+                labels[i],
+                temperature=temperature if of_rows is None else of_rows[i],
+                softcap=softcap,
+                logit_scale=logit_scale,
+                ignore_index=ignore_index,
+                impl=impl,
+            )
+            for i, part in enumerate(logits.unbind())
+        ]
+        logprobs, entropy, lse = (torch.stack(values) for values in zip(*parts, strict=True))
+        return logprobs, entropy, lse
+    logits_TV, labels_T = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    temperature_T = expand_temperature(
+        temperature if of_rows is None else of_rows.reshape(-1), logits_TV
+    )
     if impl == "reference":
         results = logprobs_from_logits_reference(
             logits_TV,
@@ -86,3 +106,10 @@ def logprobs_from_logits(
         )
     logprobs, entropy, lse = (value.view(labels.shape) for value in results)
     return logprobs, entropy, lse
+
+
+def _would_copy_much(logits: Tensor) -> bool:
+    """Whether all rows as one [T, V] take a copy of more than a chunk, as `logits[:, :-1]` does."""
+    if logits.dim() < 3 or logits.is_contiguous():
+        return False
+    return logits.numel() * logits.element_size() > default_chunk_bytes(logits.device)

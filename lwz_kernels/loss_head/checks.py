@@ -11,6 +11,7 @@ from lwz_kernels.dtypes import wide_dtype
 __all__ = [
     "check_head",
     "check_labels",
+    "check_softcap",
     "expand_temperature",
     "head_parameters",
     "whole_weight",
@@ -61,8 +62,17 @@ def check_labels(labels: Tensor, counts: Tensor, vocab_size: int) -> None:
         )
 
 
+def check_softcap(softcap: float | None) -> None:
+    """None, or a bound that logits can approach."""
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
+
+
 def expand_temperature(temperature: float | Tensor, rows: Tensor) -> Tensor:
-    """Temperature of each row, [T] in the accumulation type of `rows` [T, ...]."""
+    """Temperature of each row, [T] in the accumulation type of `rows` [T, ...].
+
+    A tensor is read on a CPU, and asserted on the device on CUDA.
+    """
     wide = wide_dtype(rows.dtype)
     if isinstance(temperature, Tensor):
         if temperature.shape not in (torch.Size([]), rows.shape[:1]):
@@ -70,6 +80,12 @@ def expand_temperature(temperature: float | Tensor, rows: Tensor) -> Tensor:
                 f"temperature must be a scalar or [{rows.shape[0]}], got {[*temperature.shape]}"
             )
         value = temperature.detach().to(device=rows.device, dtype=wide)
+        if value.is_cuda:
+            torch._assert_async((value > 0).all())
+        elif not torch.compiler.is_compiling() and not bool((value > 0).all()):
+            raise ValueError(
+                f"temperature must be positive, got {float(value[~(value > 0)].flatten()[0])}"
+            )
     else:
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")

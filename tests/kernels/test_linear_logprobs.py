@@ -254,6 +254,14 @@ def test_linear_logprobs_of_more_logits_than_int32_counts() -> None:
     torch.testing.assert_close(logprobs[-3:], exact, rtol=1e-5, atol=1e-5)
 
 
+def test_linear_logprobs_has_no_second_derivative() -> None:
+    case = logprob_arguments(make_case())
+    logprobs, _, _ = linear_logprobs(**case)
+    (gradient,) = torch.autograd.grad(logprobs.sum(), case["hidden"], create_graph=True)
+    with pytest.raises(RuntimeError, match="linear_logprobs: differentiable once"):
+        gradient.square().sum().backward()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -266,6 +274,8 @@ def test_linear_logprobs_of_more_logits_than_int32_counts() -> None:
         ({"bias": torch.zeros(3)}, r"bias must be \[37\]"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"temperature": torch.ones(3)}, "temperature must be a scalar or"),
+        ({"temperature": torch.zeros(ROWS)}, "temperature must be positive, got 0.0"),
+        ({"softcap": -1.0}, "softcap must be positive"),
         ({"chunk_bytes": 0}, "chunk_bytes must be positive"),
         ({"impl": "fast"}, "impl must be"),
         ({"impl": "triton"}, "needs CUDA tensors"),

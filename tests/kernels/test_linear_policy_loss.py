@@ -594,6 +594,16 @@ def test_linear_policy_loss_shows_a_nan_advantage() -> None:
         ({"num_loss_tokens": torch.ones(2)}, "0-d tensor"),
         ({"sequence_loss_tokens": torch.ones(2)}, r"sequence_loss_tokens must be \[5\]"),
         ({"temperature": 0.0}, "temperature must be positive"),
+        ({"temperature": torch.full((ROWS,), -1.0)}, "temperature must be positive, got -1.0"),
+        ({"softcap": 0.0}, "softcap must be positive"),
+        ({"sequence_group": object()}, "pass sequence_loss_tokens"),
+        (
+            {
+                "weight": torch.zeros(VOCAB, DIM, dtype=torch.float64),
+                "weight_grad": torch.zeros(VOCAB, DIM, dtype=torch.float64),
+            },
+            "weight does not require grad",
+        ),
         ({"weight_grad": torch.zeros(VOCAB, DIM)}, "weight_grad must be torch.float64"),
         ({"impl": "fast"}, "impl must be"),
         (
@@ -616,6 +626,16 @@ def test_linear_policy_loss_shows_a_nan_advantage() -> None:
 def test_linear_policy_loss_refuses_what_does_not_fit(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(linear_policy_loss, make_case(), **change)
+
+
+def test_linear_policy_loss_takes_no_gradients_in_float16() -> None:
+    case = make_case(torch.float32)
+    case |= {name: case[name].detach().half() for name in ("hidden", "weight")} | {"bias": None}
+    loss, _ = call(linear_policy_loss, case)
+    assert loss.isfinite()
+    case["hidden"].requires_grad_()
+    with pytest.raises(NotImplementedError, match="use bfloat16, or linear_logprobs"):
+        call(linear_policy_loss, case)
 
 
 def test_linear_policy_loss_refuses_sharded_sequences_that_nobody_completes() -> None:

@@ -60,6 +60,40 @@ def test_logprobs_from_logits_takes_views_that_are_not_contiguous() -> None:
         assert torch.equal(a.t(), b)
 
 
+@pytest.mark.parametrize("per_row", [False, True])
+def test_logprobs_from_logits_does_not_copy_a_large_slice(
+    monkeypatch: pytest.MonkeyPatch, per_row: bool
+) -> None:
+    monkeypatch.setattr("lwz_kernels.logprobs_from_logits.api.default_chunk_bytes", lambda _: 1)
+    logits, labels = make_logits(torch.float32)
+    temperature = torch.linspace(0.5, 1.5, 8).view(2, 4) if per_row else 0.8
+    saved: list[int] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        ours = logprobs_from_logits(logits[:, :-1], labels[:, :-1], temperature=temperature)
+    assert saved.count(logits.untyped_storage().data_ptr()) == 2
+    copied = logits.detach()[:, :-1].contiguous().requires_grad_()
+    plain = logprobs_from_logits(copied, labels[:, :-1], temperature=temperature)
+    for a, b in zip(ours, plain, strict=True):
+        assert torch.equal(a, b)
+    sum(value.sum() for value in ours).backward()
+    sum(value.sum() for value in plain).backward()
+    assert torch.equal(logits.grad[:, :-1], copied.grad)
+    assert (logits.grad[:, -1] == 0).all()
+
+
+def test_logprobs_from_logits_has_no_second_derivative() -> None:
+    logits, labels = make_logits(torch.float32)
+    logprobs, _, _ = logprobs_from_logits(logits, labels)
+    (gradient,) = torch.autograd.grad(logprobs.sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="logprobs_from_logits: differentiable once"):
+        gradient.square().sum().backward()
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_logprobs_from_logits_passes_opcheck(impl: str) -> None:
     logits, labels = make_logits(torch.float32)
@@ -108,6 +142,8 @@ def test_logprobs_from_logits_of_masked_vocabulary_is_finite(impl: str) -> None:
         ({"logits": torch.zeros(2, 5, 3, dtype=torch.int64)}, "must be floating point"),
         ({"temperature": -1.0}, "temperature must be positive"),
         ({"temperature": torch.ones(3)}, "temperature must be a scalar"),
+        ({"temperature": torch.tensor(-1.0)}, "temperature must be positive, got -1.0"),
+        ({"softcap": 0.0}, "softcap must be positive"),
         ({"impl": "triton"}, "needs CUDA tensors"),
         ({"impl": "best"}, "impl must be"),
     ],
