@@ -11,7 +11,7 @@ preempted. What is sampled does not change, because a token depends on its key a
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
@@ -26,6 +26,7 @@ from lwz_trainer.model.linear import wide_logits
 from lwz_trainer.out_of_memory import is_out_of_memory, release_cached_memory
 from lwz_trainer.rollout.attend import PrefillAttend
 from lwz_trainer.rollout.burst import Burst, CudaGraphs, DecodeRows
+from lwz_trainer.rollout.decode_work import DecodeWork, weight_bytes_of_a_step
 from lwz_trainer.rollout.kv_cache import CachePlan, PageAllocator, PagedKVCache, plan_pages
 from lwz_trainer.rollout.sampling import keyed_uniforms, sample_keys, sample_tokens
 from lwz_trainer.rollout.scheduler import PromptEntry, Scheduler
@@ -55,11 +56,11 @@ class EngineStats:
     """Of one `generate`; NaN for what an engine does not say."""
 
     num_tokens: int
-    num_decode_steps: int
     num_prefill_tokens: int
     num_preemptions: float
     peak_kv_frac: float
     seconds: float
+    decode: DecodeWork
     num_out_of_memory: int = 0
     """Forward passes that did not fit and were repeated in smaller parts."""
 
@@ -75,7 +76,7 @@ class _Phase:
     """Pages that stand in each row of the page table."""
     burst: Burst
     prefill_tokens: int
-    num_decode_steps: int = 0
+    decode: DecodeWork = field(default_factory=DecodeWork)
     num_prefill_tokens: int = 0
     num_tokens: int = 0
     peak_pages: int = 0
@@ -113,6 +114,7 @@ class RolloutEngine:
         self._uses_graphs = model.head_weight.is_cuda and config.cuda_graphs
         default_steps = CUDA_BURST_STEPS if model.head_weight.is_cuda else 1
         self._burst_steps = config.burst_steps or default_steps
+        self._weight_bytes = weight_bytes_of_a_step(model)
         self._stops = StopChecker(
             tokenizer,  # type: ignore[arg-type]
             stop=config.stop,
@@ -198,7 +200,7 @@ class RolloutEngine:
         self.expected_completion_tokens = scheduler.expected_completion_tokens
         return sorted(samples, key=lambda sample: sample.sample), EngineStats(
             num_tokens=phase.num_tokens,
-            num_decode_steps=phase.num_decode_steps,
+            decode=phase.decode,
             num_prefill_tokens=phase.num_prefill_tokens,
             num_preemptions=scheduler.num_preemptions,
             peak_kv_frac=phase.peak_pages / allocator.num_pages,
@@ -350,6 +352,8 @@ class RolloutEngine:
         while running := list(scheduler.running):
             used = scheduler.allocator.num_pages - scheduler.allocator.num_free
             phase.peak_pages = max(phase.peak_pages, used)
+            context_lens = [sequence.num_cached for sequence in running]
+            started = time.perf_counter()
             drawn = self._unless_out_of_memory(
                 phase,
                 partial(
@@ -364,7 +368,13 @@ class RolloutEngine:
             scheduler.preempt_youngest(len(running) // 2)
         else:
             return
-        phase.num_decode_steps += num_steps
+        phase.decode.add(
+            num_steps,
+            context_lens,
+            weight_bytes=self._weight_bytes,
+            token_bytes=phase.cache.token_bytes,
+            seconds=time.perf_counter() - started,
+        )
         for tokens, logprobs in zip(*drawn, strict=True):
             for sequence, token, logprob in zip(running, tokens, logprobs, strict=True):
                 if sequence.end is None:  # else the burst went on past a stop string

@@ -145,6 +145,11 @@ class PagedKVCache:
         self.page_size = memory.shape[3]
         self.keys, self.values = memory
 
+    @property
+    def token_bytes(self) -> int:
+        """Of one token's keys and values in all layers."""
+        return 2 * self.keys[:, 0, 0].nbytes
+
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, each [num_pages, page_size, J, K]."""
         return self.keys[index], self.values[index]

@@ -262,6 +262,8 @@ class Trainer:
         metrics |= {
             "lr": lr,
             "policy_version": self._policy_version,
+            "rollout/longest_tokens_per_s": metrics["tokens/completion_max"]
+            / times["time/rollout_s"],
             "update/tokens_per_s": update.num_packed_tokens / times["time/update_s"],
             "memory/peak_gb": memory,
         }

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from lwz_trainer.parallel import Ranks
+from lwz_trainer.rollout.decode_work import copy_bandwidth
 from lwz_trainer.train.sampling import StepSamples
 
 __all__ = ["peak_memory_gb", "rollout_metrics", "sample_metrics", "step_warnings"]
@@ -67,9 +68,16 @@ def rollout_metrics(found: StepSamples, ranks: Ranks, *, seconds: float) -> dict
             float(found.num_dropped),
             float(found.num_worker_failures),
             float(found.num_handed),
+            sum(stats.decode.num_steps for stats in found.stats),
+            sum(stats.decode.num_rows for stats in found.stats),
+            sum(stats.decode.num_bytes for stats in found.stats),
+            sum(stats.decode.seconds for stats in found.stats),
+            sum(stats.num_out_of_memory for stats in found.stats),
         ]
     )
     (kv_used,) = ranks.max([max(stats.peak_kv_frac for stats in found.stats)])
+    decode_steps, decode_rows, decode_bytes, decode_s = sums[7:11]
+    bytes_per_s = decode_bytes / decode_s if decode_s else math.nan
     return {
         "rollout/tokens_per_s": sums[0] / seconds,
         "rollout/prefill_tokens": sums[1],
@@ -78,6 +86,10 @@ def rollout_metrics(found: StepSamples, ranks: Ranks, *, seconds: float) -> dict
         "rollout/dropped_groups": sums[4],
         "rollout/handed_samples": sums[6],
         "rollout/kv_used_frac": kv_used,
+        "rollout/out_of_memory": sums[11],
+        "rollout/rows_in_flight": decode_rows / decode_steps if decode_steps else math.nan,
+        "rollout/decode_gb_per_s": bytes_per_s / 1e9,
+        "rollout/bandwidth_frac": bytes_per_s / copy_bandwidth(ranks.device),
         "reward/worker_failures": sums[5],
     }
 

@@ -53,7 +53,30 @@ def test_generate_does_not_depend_on_the_burst(tmp_path: Path, steps: int, captu
     assert key(ours) == key(expected)
     assert stats.num_tokens == sum(len(sample.completion_ids) for sample in ours)
     assert stats.peak_kv_frac <= 1
-    assert expected_stats.num_decode_steps <= 21
+    assert expected_stats.decode.num_steps <= 21
+
+
+def test_stats_count_what_decoding_must_read(tmp_path: Path) -> None:
+    model, tokenizer = load_tiny(tmp_path)
+    requests = make_requests(group_size=3)
+    engine = make_engine(model, tokenizer, max_completion_tokens=9)
+    samples, stats = engine.generate(requests, seed=3, step=2, policy_version=2)
+    # The first token of each comes from the prefill; token t + 1 sees the prompt and t tokens.
+    decoded = [
+        (len(sample.prompt_ids), t)
+        for sample in samples
+        for t in range(1, len(sample.completion_ids))
+    ]
+    assert stats.decode.num_rows == len(decoded) > 0
+    assert stats.decode.num_steps == max(len(sample.completion_ids) for sample in samples) - 1
+    sizes = model.config
+    token_bytes = 2 * 4 * sizes.layers * sizes.kv_heads * sizes.head_dim
+    weight_bytes = sum(4 * parameter.numel() for parameter in model.parameters())
+    weight_bytes -= 0 if model.lm_head is None else 4 * model.embed.numel()
+    assert stats.decode.num_bytes == stats.decode.num_steps * weight_bytes + token_bytes * sum(
+        num_prompt + t for num_prompt, t in decoded
+    )
+    assert 0 < stats.decode.seconds <= stats.seconds
 
 
 @pytest.mark.parametrize("captures", [False, True])
@@ -85,7 +108,7 @@ def test_generate_captures_one_step_for_each_batch_size(tmp_path: Path) -> None:
     with count_captures(captured):
         _, stats = engine.generate(make_requests(), seed=3, step=2, policy_version=2)
     assert 1 <= len(captured) <= 5  # 1, 2, 4, 8, 16
-    assert stats.num_decode_steps > len(captured)
+    assert stats.decode.num_steps > len(captured)
 
 
 def test_generate_keeps_what_it_recorded_on_a_held_cache(tmp_path: Path) -> None:

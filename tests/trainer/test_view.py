@@ -76,6 +76,9 @@ def make_metrics(step: int, num_steps: int, rng: random.Random) -> dict[str, Any
         "time/update_s": update,
         "time/step_s": rollout + reward + update + 1.5,
         "rollout/tokens_per_s": 2100 + 300 * rng.random(),
+        "rollout/longest_tokens_per_s": 61 + 5 * rng.random(),
+        "rollout/rows_in_flight": 30 + 8 * rng.random(),
+        "rollout/bandwidth_frac": 0.6 + 0.1 * rng.random(),
         "update/tokens_per_s": 5200 + 300 * rng.random(),
         "rollout/kv_used_frac": 0.4 + 0.4 * learned,
         "rollout/prefill_tokens": 2048,
@@ -578,7 +581,7 @@ def test_page_draws_charts_and_cards_in_a_browser(tmp_path):
         check=True,
     )
     dom = re.sub(r"<script.*?</script>", "", result.stdout, flags=re.S)
-    assert dom.count('<figure class="chart">') == 29
+    assert dom.count('<figure class="chart">') == 32
     assert dom.count('class="line ') >= 2 * 20
     assert dom.count('<article class="card"') == 3
     assert "Length reward" in dom

@@ -16,7 +16,15 @@ IN_PHASES = {"rollout.memory": "phase", "rollout.offload_optimizer": True}
 """Settings under which everything that can takes turns in the same memory."""
 
 # Measured, not computed: they differ between two runs of the same thing.
-CLOCKS = ("time/", "rollout/tokens_per_s", "update/tokens_per_s", "memory/")
+CLOCKS = (
+    "time/",
+    "rollout/tokens_per_s",
+    "rollout/longest_tokens_per_s",
+    "rollout/decode_gb_per_s",
+    "rollout/bandwidth_frac",
+    "update/tokens_per_s",
+    "memory/",
+)
 
 
 def make_run_args(tmp_path: Path, name: str = "run", **settings: Any) -> list[str]:

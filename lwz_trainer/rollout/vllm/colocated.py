@@ -7,12 +7,14 @@ by tag: memory of the weights, the push, memory of the cache. On a CPU it cannot
 import os
 import time
 from collections.abc import Callable
+from math import nan
 from pathlib import Path
 from typing import Any
 
 from lwz_trainer.config.sections import RolloutConfig
 from lwz_trainer.errors import TrainingStopped, UserError
 from lwz_trainer.model.decoder import Decoder
+from lwz_trainer.rollout.decode_work import DecodeWork
 from lwz_trainer.rollout.engine import EngineStats, OnBurst, Progress, RolloutInterrupted
 from lwz_trainer.rollout.sequence import Request, Sample
 from lwz_trainer.rollout.shared_work import SharedWork
@@ -163,11 +165,11 @@ class VllmEngine:
             self._sleep()
         return sorted(samples, key=lambda sample: sample.sample), EngineStats(
             num_tokens=num_tokens,
-            num_decode_steps=num_steps,
             num_prefill_tokens=num_prefill_tokens,
-            num_preemptions=float("nan"),
-            peak_kv_frac=float("nan"),
+            num_preemptions=nan,
+            peak_kv_frac=nan,
             seconds=time.perf_counter() - started,
+            decode=DecodeWork(nan, nan, nan, nan),
         )
 
     def _wake(self, prompt_ids: list[int], policy_version: int) -> None:

@@ -9,6 +9,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable
+from math import nan
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from lwz_trainer.errors import TrainingStopped, UserError
 from lwz_trainer.model.decoder import Decoder
 from lwz_trainer.model.export import write_weights
 from lwz_trainer.parallel import Ranks
+from lwz_trainer.rollout.decode_work import DecodeWork
 from lwz_trainer.rollout.engine import EngineStats, OnBurst, Progress, RolloutInterrupted
 from lwz_trainer.rollout.sequence import Request, Sample
 from lwz_trainer.rollout.shared_work import SharedWork
@@ -136,11 +138,11 @@ class VllmServerEngine:
             self._require(endpoint, label)
         return sorted(samples, key=lambda sample: sample.sample), EngineStats(
             num_tokens=sum(len(sample.completion_ids) for sample in samples),
-            num_decode_steps=max(len(sample.completion_ids) for sample in samples),
             num_prefill_tokens=sum(len(request.prompt_ids) for request in requests),
-            num_preemptions=float("nan"),
-            peak_kv_frac=float("nan"),
+            num_preemptions=nan,
+            peak_kv_frac=nan,
             seconds=time.perf_counter() - started,
+            decode=DecodeWork(nan, nan, nan, nan),
         )
 
     def _open(self) -> BlockingEndpoint:

@@ -48,6 +48,9 @@ const CHART_SECTIONS = [
     charts: [
       { title: "Step time", unit: "seconds", stacked: true, total: "time/step_s", series: [["time/rollout_s", "rollout"], ["time/reward_s", "rewards"], ["time/update_s", "update"]] },
       { title: "Rollout speed", unit: "tokens/s", zero: true, series: [["rollout/tokens_per_s", "sampled"]] },
+      { title: "Longest sample", unit: "tokens/s", zero: true, series: [["rollout/longest_tokens_per_s", "longest"]] },
+      { title: "Rows in flight", unit: "sequences", zero: true, series: [["rollout/rows_in_flight", "mean"]] },
+      { title: "Decode bandwidth", unit: "share of a copy's", zero: true, series: [["rollout/bandwidth_frac", "weights, keys and values"]] },
       { title: "Update speed", unit: "tokens/s", zero: true, series: [["update/tokens_per_s", "trained"]] },
       { title: "Prefilled", unit: "tokens per step", zero: true, series: [["rollout/prefill_tokens", "prefilled"]] },
       { title: "Peak memory", unit: "GB", zero: true, series: [["memory/peak_gb", "peak"]] },
