@@ -140,8 +140,9 @@ class EvalConfig:
 
     data: str = ""
     """The benchmark's JSONL file, as its authors publish it."""
-    output_dir: str = "runs/eval"
-    """Responses, judgments, tables and report; the same command goes on where it stopped."""
+    output_dir: str = ""
+    """Responses, judgments, tables and report; the same command goes on where it stopped. Unset:
+    runs/eval/BENCHMARK."""
     responses: tuple[str, ...] = ()
     """Existing answers, each NAME=FILE.jsonl with `index` and `response` a line."""
     requirements: tuple[str, ...] = ()

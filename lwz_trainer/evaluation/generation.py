@@ -82,20 +82,28 @@ def generate_responses(
         {index: response} and, for a served model, the failures in words.
 
     Raises:
-        UserError: the journal was written under other settings, or the model cannot be run.
+        UserError: the journal was written under other settings or for other tasks, or the model
+            cannot be run.
         EndpointDown: from the endpoint; what was written is in the journal.
     """
     settings = _settings_digest(config, sampling)
     responses: dict[int, str] = {}
-    wanted = {item.index for item in items}  # an earlier run may have had a higher limit
+    tasks = {item.index: _task_digest(item) for item in items}
     for record in journal.records:
         if record.get("settings") != settings:
             raise UserError(
                 f"{journal.path} holds responses written with other settings: pass another "
                 "output_dir or generate.name, or remove the file"
             )
-        if record["index"] in wanted:
-            responses[record["index"]] = record["response"]
+        index = record["index"]
+        if index not in tasks:
+            continue  # an earlier run may have had a higher limit
+        if record.get("task") != tasks[index]:
+            raise UserError(
+                f"{journal.path} answers another task {index} than this benchmark file has: pass "
+                "another output_dir or generate.name, or remove the file"
+            )
+        responses[index] = record["response"]
     failures: list[str] = []
     remaining = [item for item in items if item.index not in responses]
     on_progress(len(items) - len(remaining), len(items))
@@ -110,7 +118,8 @@ def generate_responses(
         if isinstance(outcome, EndpointError):
             failures.append(f"{config.name}, index {index}: no response: {outcome}")
         else:
-            journal.append({"index": index, **outcome, "settings": settings})
+            known = {"task": tasks[index], "settings": settings}
+            journal.append({"index": index, **outcome, **known})
             responses[index] = outcome["response"]
         on_progress(len(responses) + len(failures), len(items))
     return responses, failures
@@ -218,6 +227,12 @@ def _refuse_too_long(
                 f"generate.max_tokens is {max_tokens}; the model's context is {max_positions}: "
                 "lower generate.max_tokens, or serve a model with a longer context"
             )
+
+
+def _task_digest(item: Item) -> str:
+    """Of what the model is asked: benchmarks and their files share index numbers."""
+    text = json.dumps([item.prompt, wanted_range(item)])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _settings_digest(config: GenerateConfig, sampling: Sampling) -> str:

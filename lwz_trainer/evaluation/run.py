@@ -20,6 +20,7 @@ from lwz_trainer.config.endpoint import EndpointConfig
 from lwz_trainer.config.evaluation import EvalConfig
 from lwz_trainer.config.reading import dump_config
 from lwz_trainer.endpoint import BlockingEndpoint
+from lwz_trainer.errors import UserError
 from lwz_trainer.evaluation.answer import final_answer
 from lwz_trainer.evaluation.inputs import Inputs, load_inputs
 from lwz_trainer.evaluation.items import Benchmark
@@ -75,7 +76,9 @@ def run_evaluation(
         UserError: bad input; nothing was written.
         EndpointDown: a server is down; what was answered and judged is kept.
     """
+    config = dataclasses.replace(config, output_dir=config.output_dir or f"runs/eval/{benchmark}")
     inputs = load_inputs(benchmark, config)
+    _refuse_other_benchmark(Path(config.output_dir) / "results.json", benchmark)
     judge_endpoint = _with_defaults(config.judge, _JUDGE_SAMPLING[benchmark])
     with _opened_judge(judge_endpoint, Path(config.output_dir), judge) as judge:
         return _run(benchmark, config, inputs, judge)
@@ -139,6 +142,20 @@ def _run(benchmark: Benchmark, config: EvalConfig, inputs: Inputs, judge: Judge 
     write_text_atomically(out / "config.yaml", dump_config(config))
     _write(out, benchmark, outcome, page, facts, failures)
     return Summary(out / "report.html", len(failures))
+
+
+def _refuse_other_benchmark(results: Path, benchmark: Benchmark) -> None:
+    """Tables of two benchmarks in one folder would look like one report."""
+    if not results.exists():
+        return
+    try:
+        found = json.loads(results.read_text(encoding="utf-8"))["benchmark"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{results} is no result of an evaluation: pass another output_dir, or remove the file"
+        ) from error
+    if found != benchmark:
+        raise UserError(f"{results} is a result of {found}: pass another output_dir")
 
 
 @contextmanager

@@ -400,6 +400,44 @@ def test_generation_by_an_endpoint_sends_the_benchmarks_sampling(
     assert (row["words"], row["score"]) == ("1", "4.0")
 
 
+def test_answers_to_one_benchmark_are_never_taken_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "arena.jsonl", [arena_record(0)])
+    write_jsonl(tmp_path / "english.jsonl", [longbench_record(100)])
+    write_jsonl(tmp_path / "longer.jsonl", [longbench_record(100), longbench_record(200)])
+    write_jsonl(tmp_path / "chinese.jsonl", [{**longbench_record(100), "prompt": "写一百字。"}])
+
+    def answer(body: dict[str, Any], number: int) -> Reply:
+        return chat_reply(f"Asked: {user_text(body)}")
+
+    with FaultServer(answer) as server:
+
+        def evaluate(benchmark: str, data: str, *other: str) -> int:
+            model = [f"--generate.endpoint.base_url={server.base_url}", "--generate.template=chat"]
+            model += ["--generate.endpoint.model=m", "--generate.name=m"]
+            return main(["eval", benchmark, f"--data={data}.jsonl", *model, *other])
+
+        assert evaluate("arena-write", "arena") == 0
+        assert evaluate("longbench-write", "english") == 0
+        assert len(server.bodies) == 2
+        kept = Path("runs/eval/longbench-write/responses/m.jsonl")
+        assert json.loads(kept.read_text())["response"] == "Asked: Report in 100 words."
+        assert evaluate("longbench-write", "longer") == 0  # the first task is the same one
+        assert len(server.bodies) == 3
+        capsys.readouterr()
+        assert evaluate("longbench-write", "chinese") == 2
+        assert "answers another task 0 than this benchmark file" in capsys.readouterr().err
+        folder = "--output_dir=runs/eval/arena-write"
+        assert evaluate("longbench-write", "english", folder) == 2
+        assert "results.json is a result of arena-write" in capsys.readouterr().err
+        (tmp_path / "results.json").write_text("[]")
+        assert evaluate("longbench-write", "english", "--output_dir=.") == 2
+        assert "results.json is no result of an evaluation" in capsys.readouterr().err
+        assert len(server.bodies) == 3
+
+
 def test_monitor_judges_samples_of_a_run(tmp_path: Path) -> None:
     row = {"prompt": "Write.", "words_answer": 1, "redundancy": 0.5, "group": 0}
     for step in (1, 2):
