@@ -105,7 +105,8 @@ class Endpoint:
         Args:
             messages: the conversation.
             parse: raises ValueError for a text that it cannot read; another answer is then asked
-                for, up to `max_answers`.
+                for, up to `max_answers`. If it can read none, none of them stays on disk: the
+                next client that asks the same gets new ones.
 
         Raises:
             AnswerError: no answer could be read.
@@ -172,6 +173,9 @@ class Endpoint:
                 return parse(text)
             except ValueError as error:
                 reason = " ".join(str(error).split())
+        if self._cache is not None:
+            for sample in range(self._config.max_answers):
+                self._cache.forget(_cache_request(url, body, sample))
         raise AnswerError(
             f"none of {self._config.max_answers} answers of {self._config.model} could be read; "
             f"the last: {reason}"
@@ -183,7 +187,7 @@ class Endpoint:
         """The part of an answer that `read` takes out, from disk or from the server."""
         if self._cache is None:
             return read(await self._attempts(url, body, read))
-        request = {"url": url, "body": body, "sample": sample}
+        request = _cache_request(url, body, sample)
         # Equal requests under way at the same time are sent once: the second waits for the first.
         async with self._locks.setdefault(repr(request), asyncio.Lock()):
             answer = self._cache.get(request)
@@ -285,6 +289,11 @@ def read_api_key(variable: str) -> str:
     if not key.isascii() or not key.isprintable():
         raise UserError(f"the key in {variable} has characters that no key has: export it again")
     return key
+
+
+def _cache_request(url: str, body: dict[str, Any], sample: int) -> dict[str, Any]:
+    """What an answer is kept under: of one question, the answer of this number."""
+    return {"url": url, "body": body, "sample": sample}
 
 
 def _chat_text(answer: Any) -> str:

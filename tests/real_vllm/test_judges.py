@@ -1,7 +1,9 @@
 """Whoever judges through an endpoint, against vLLM serving SmolLM2.
 
 A model of this size rarely gives the JSON that it is asked for. What must hold is that calls go
-through, that failures are recorded as missing, and that nothing is asked twice.
+through, that failures are recorded as missing, and that nothing is asked twice, but by another run
+what could not be read: a question of which that is true is asked `max_answers` times, or until a
+reply can be read.
 """
 
 import json
@@ -43,7 +45,7 @@ def flags(section: str, url: str) -> list[str]:
     return [f"--{section}.{name}={value}" for name, value in settings.items()]
 
 
-def test_an_evaluation_answers_and_judges_and_asks_nothing_twice(url: str, tmp_path: Path) -> None:
+def test_an_evaluation_asks_again_only_what_could_not_be_read(url: str, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "l.jsonl", [longbench_record(n) for n in (20, 30, 40)])
     mine = [{"index": i, "response": f"The sea was calm on day {i}."} for i in range(3)]
     path = write_jsonl(tmp_path / "mine.jsonl", mine)
@@ -68,8 +70,14 @@ def test_an_evaluation_answers_and_judges_and_asks_nothing_twice(url: str, tmp_p
     # Three answers, a judgment at least once each, an unreadable one once more.
     assert 3 + 6 + len(results["failures"]) <= asked <= 3 + 12
     assert main(command) == 0
-    assert num_requests_done(url) - before == asked
-    assert json.loads((out / "results.json").read_text()) == results
+    unread = len(results["failures"])
+    still_unread = len(json.loads((out / "results.json").read_text())["failures"])
+    asked_again = num_requests_done(url) - before - asked
+    assert unread + still_unread <= asked_again <= 2 * unread
+    if journal.exists():
+        again = [json.loads(line) for line in journal.open()]
+        assert again[: len(judged)] == judged
+        assert len(again) + still_unread == 6
 
 
 def test_preparing_requests_drops_what_no_answer_could_be_read_for(
@@ -93,7 +101,10 @@ def test_preparing_requests_drops_what_no_answer_could_be_read_for(
     unread = dropped.get("no readable answer", 0)
     assert 2 + unread <= asked <= 4
     assert main(command) == 0
-    assert num_requests_done(url) - before == asked
+    report = json.loads((tmp_path / "out.report.json").read_text())
+    dropped = {row["reason"]: row["rows"] for row in report["dropped"]}
+    asked_again = num_requests_done(url) - before - asked
+    assert unread + dropped.get("no readable answer", 0) <= asked_again <= 2 * unread
 
 
 @pytest.mark.parametrize("source", ["judge", "pairwise"])

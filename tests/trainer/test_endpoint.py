@@ -184,13 +184,30 @@ def test_an_answer_that_cannot_be_read_is_asked_for_again() -> None:
 
 def test_answers_that_cannot_be_read_end_in_an_error(tmp_path: Path) -> None:
     with FaultServer(lambda body, number: chat_reply('{"score": 11}')) as server:
-        for _ in range(2):
-            with (
-                BlockingEndpoint(make_config(server, max_answers=2), tmp_path / "a") as endpoint,
-                pytest.raises(AnswerError, match=r"none of 2 answers .* from 1 to 10, got 11"),
-            ):
-                endpoint.chat(ask("a"), parse=as_score)
-        assert len(server.bodies) == 2, "unreadable answers were paid for and are kept too"
+        for number in (1, 2):
+            with BlockingEndpoint(make_config(server, max_answers=2), tmp_path / "a") as endpoint:
+                calls = endpoint.map("aaa", lambda e, text: e.chat(ask(text), parse=as_score))
+                errors = [str(error) for _, error in calls]
+                with pytest.raises(AnswerError, match=r"none of 2 answers .* 1 to 10, got 11"):
+                    endpoint.chat(ask("a"), parse=as_score)
+            assert len(errors) == 3
+            assert len(set(errors)) == 1
+            # Equal questions share their answers; who asks in another run gets others.
+            assert len(server.bodies) == 2 * number
+
+
+def test_an_unreadable_answer_before_a_readable_or_missing_one_is_kept(tmp_path: Path) -> None:
+    replies = [chat_reply("nothing"), Reply("", status=400), chat_reply('{"score": 7}')]
+    with FaultServer(lambda body, number: replies[number]) as server:
+
+        def score() -> int:
+            with BlockingEndpoint(make_config(server, max_answers=2), tmp_path / "a") as endpoint:
+                return endpoint.chat(ask("a"), parse=as_score)
+
+        with pytest.raises(RequestRefused):
+            score()
+        assert [score(), score()] == [7, 7]
+        assert len(server.bodies) == 3
 
 
 def test_a_model_that_only_thought_has_an_empty_answer() -> None:

@@ -236,8 +236,9 @@ def test_prepare_counts_failures_and_asks_again_for_what_had_no_answer(
         num_asked = len(server.bodies)
         is_back = True
         assert main(args) == 0
-        # The refused one again, and quality and range of the one that had no answer.
-        assert len(server.bodies) - num_asked == 3
+        # The refused one again, quality and range of the one that had no answer, and three times
+        # the one whose answers could not be read.
+        assert len(server.bodies) - num_asked == 6
     report = read_report(tmp_path)
     assert ("quality", "no answer from the judge") not in dropped_of(report)
     assert report["kept"] == len(REQUESTS) - 2
