@@ -26,7 +26,7 @@ from lwz_trainer.evaluation.journal import Journal
 from lwz_trainer.evaluation.monitor import wanted_range
 from lwz_trainer.model.linear import resolve_dtype
 from lwz_trainer.model.loading import load_pretrained
-from lwz_trainer.model.source import resolve_model_dir
+from lwz_trainer.model.source import resolve_model_dir, weights_stamp
 from lwz_trainer.rollout import Request, Sample
 from lwz_trainer.rollout.making import make_engine
 
@@ -92,8 +92,8 @@ def generate_responses(
     for record in journal.records:
         if record.get("settings") != settings:
             raise UserError(
-                f"{journal.path} holds responses written with other settings: pass another "
-                "output_dir or generate.name, or remove the file"
+                f"{journal.path} holds responses written with other settings or weights: pass "
+                "another output_dir or generate.name, or remove the file"
             )
         index = record["index"]
         if index not in tasks:
@@ -241,6 +241,7 @@ def _settings_digest(config: GenerateConfig, sampling: Sampling) -> str:
     text = json.dumps(
         [
             config.model,
+            weights_stamp(resolve_model_dir(config.model)) if config.model else [],
             config.endpoint.model,
             config.endpoint.extra_body,
             config.dtype,

@@ -20,6 +20,7 @@ from lwz_trainer.evaluation.journal import Journal
 from lwz_trainer.generate.parts import PartStream, TextStream
 from lwz_trainer.generate.terminal import TerminalPage, length_words
 from lwz_trainer.generate.writer import Writer
+from lwz_trainer.model.source import resolve_model_dir, weights_stamp
 from lwz_trainer.rewards.structure import parse_completion
 from lwz_trainer.rewards.text import count_words
 from lwz_trainer.rollout import Request, Sample
@@ -96,11 +97,18 @@ def _write_to_file(config: GenerateCommandConfig) -> None:
     ]
     settings = _settings_digest(config)
     journal = Journal(Path(config.output))
+    requests_by_row = {prompt.row: _request(prompt) for prompt in prompts}
     for record in journal.records:
         if record.get("settings") != settings:
             raise UserError(
-                f"{config.output} holds answers written with other settings: pass another output, "
-                "or remove the file"
+                f"{config.output} holds answers written with other settings or weights: pass "
+                "another output, or remove the file"
+            )
+        row = record["index"]
+        if {name: record[name] for name in ("prompt", "length_range")} != requests_by_row.get(row):
+            raise UserError(
+                f"{config.output} answers another request {row} than {config.prompts} has: pass "
+                "another output, or remove the file"
             )
     done = {record["index"] for record in journal.records}
     console = RunConsole(is_main=True, progress=None)
@@ -149,14 +157,21 @@ def _record(sample: Sample, prompt: Prompt, opened: str) -> dict[str, Any]:
     ).think
     return {
         "index": prompt.row,
-        "prompt": prompt.prompt,
-        "length_range": prompt.length_range,
+        **_request(prompt),
         "response": response,
         "thinking": thinking,
         "answer": answer,
         "words": count_words(answer),
         "num_tokens": len(sample.completion_ids),
         "finish_reason": sample.finish_reason,
+    }
+
+
+def _request(prompt: Prompt) -> dict[str, Any]:
+    """What is answered, as a file gives it back: a list for a tuple."""
+    return {
+        "prompt": prompt.prompt,
+        "length_range": None if prompt.length_range is None else list(prompt.length_range),
     }
 
 
@@ -177,6 +192,7 @@ def _settings_digest(config: GenerateCommandConfig) -> str:
     for name in ("prompt", "prompts", "output", "show_thinking", "device", "num_threads"):
         del settings[name]
     del settings["max_num_seqs"], settings["kv_cache_tokens"]
+    settings["weights"] = weights_stamp(resolve_model_dir(config.model))
     if config.template != "chat":
         settings["template"] = dataclasses.asdict(load_template(config.template))
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]

@@ -7,7 +7,7 @@ from pathlib import Path
 from lwz_trainer.errors import UserError
 from lwz_trainer.model.gguf import convert_gguf, file_sha256
 
-__all__ = ["BUILTIN_MODEL", "resolve_model_dir"]
+__all__ = ["BUILTIN_MODEL", "resolve_model_dir", "weights_stamp"]
 
 BUILTIN_MODEL = "smollm2-135m-instruct"
 
@@ -49,6 +49,12 @@ def resolve_model_dir(path: str) -> Path:
         f"no model at {path}: expected {BUILTIN_MODEL!r}, an existing directory or .gguf file, or "
         "a hub id such as org/name; check the path"
     )
+
+
+def weights_stamp(model_dir: Path) -> list[tuple[int, int]]:
+    """Size and time of each weight file: other weights at the same path are another model."""
+    stats = [file.stat() for file in sorted(model_dir.glob("*.safetensors"))]
+    return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
 
 
 def _builtin_model_dir() -> Path:

@@ -16,7 +16,7 @@ from lwz_trainer.endpoint import AnswerCache, AnswerError, EndpointError, Reques
 from lwz_trainer.errors import UserError
 from lwz_trainer.model.linear import resolve_dtype
 from lwz_trainer.model.loading import load_pretrained
-from lwz_trainer.model.source import resolve_model_dir
+from lwz_trainer.model.source import resolve_model_dir, weights_stamp
 from lwz_trainer.prepare.questions import Question
 from lwz_trainer.rollout import Request
 from lwz_trainer.rollout.making import make_engine
@@ -127,11 +127,9 @@ class LocalJudge:
         return answers
 
     def _cache_key(self, prompt_ids: list[int], sample: int) -> dict[str, Any]:
-        weights = sorted(self._model_dir.glob("*.safetensors"))
         return {
             "model": str(self._model_dir.resolve()),
-            # Other weights under the same name are another model.
-            "weights": [[file.stat().st_size, file.stat().st_mtime_ns] for file in weights],
+            "weights": weights_stamp(self._model_dir),
             "dtype": str(self._model.head_weight.dtype),
             "prompt_ids": prompt_ids,
             "temperature": self._config.temperature,

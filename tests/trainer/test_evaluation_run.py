@@ -265,9 +265,12 @@ def test_eval_command_judges_through_a_failing_server(
         assert (server.bodies[0]["temperature"], server.bodies[0]["max_tokens"]) == (0.5, 1024)
         num_paid = len(server.bodies)
         replies["30"].clear()
-        assert main([*arguments, "--judge.max_answers=4"]) == 0
-        # Three answers that cannot be read stand in the cache; the fourth one is new.
+        assert main(arguments) == 0
+        # What could not be read is asked anew, and nothing else.
         assert len(server.bodies) == num_paid + 1
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert results["scores"]["a"]["items"]["2"][2] == pytest.approx(quality)
+        assert results["failures"] == []
 
 
 def test_eval_command_killed_while_judging_pays_for_no_call_twice(tmp_path: Path) -> None:
@@ -350,6 +353,9 @@ def test_generation_by_the_engine_resumes_to_the_same_texts(tmp_path: Path) -> N
     assert json.loads(lines[0])["num_tokens"] <= 12
     with pytest.raises(UserError, match="written with other settings"):
         generate("whole.jsonl", tiny_generation(tmp_path, seed=1))
+    make_tiny_model(tmp_path)  # weights written again in place
+    with pytest.raises(UserError, match="other settings or weights"):
+        generate("whole.jsonl")
     with pytest.raises(UserError, match=r"index 0: the prompt has .* lower generate\.max_tokens"):
         generate("long.jsonl", tiny_generation(tmp_path, max_tokens=512))
 

@@ -180,6 +180,28 @@ def test_generate_refuses_to_mix_settings_in_one_file(
     content = (tmp_path / "out.jsonl").read_text()
     arguments = make_file_arguments(tmp_path, "out.jsonl", seed=1)
     assert_refused(arguments, capsys, "written with other settings")
+    make_tiny_model(tmp_path)  # weights written again in place
+    arguments = make_file_arguments(tmp_path, "out.jsonl")
+    assert_refused(arguments, capsys, "other settings or weights")
+    assert (tmp_path / "out.jsonl").read_text() == content
+
+
+def test_generate_refuses_a_file_with_answers_to_other_requests(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = make_file_arguments(tmp_path, "out.jsonl")
+    prompts = tmp_path / "prompts.jsonl"
+    first = {"prompt": "Name the sea in 9 words."}
+    prompts.write_text(json.dumps(first))
+    assert main(arguments) == 0
+    prompts.write_text(json.dumps(first) + '\n{"prompt": "Write."}')  # a row more is gone on with
+    assert main(arguments) == 0
+    content = (tmp_path / "out.jsonl").read_text()
+    assert len(content.splitlines()) == 2
+    second = {"prompt": "Write.", "length_range": [1, 2]}
+    for rows in ([first], [first, {"prompt": "Sing."}], [first, second]):
+        prompts.write_text("\n".join(json.dumps(row) for row in rows))
+        assert_refused(arguments, capsys, "answers another request 2 than")
     assert (tmp_path / "out.jsonl").read_text() == content
 
 
