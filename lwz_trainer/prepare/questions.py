@@ -4,13 +4,13 @@ The instructions are in our own words, with the rules of LongWriter-Zero's filte
 predictor (arXiv 2506.18841).
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Generic, TypeVar
 
 from lwz_trainer.data.length_range import MAX_WIDTH, MAX_WORDS
+from lwz_trainer.endpoint.replies import json_objects
 
 __all__ = ["Question", "quality_question", "range_question"]
 
@@ -78,20 +78,7 @@ def _parse_range(reply: str) -> tuple[int, int]:
 
 def _last_object(reply: str, key: str) -> dict[str, Any]:
     """The last JSON object with this key, after the thinking if there is any."""
-    _, closing, answer = reply.rpartition("</think>")
-    if not closing and "<think>" in reply:
-        raise ValueError("the reply ends before its thinking does")
-    decoder = json.JSONDecoder()
-    found = None
-    start = answer.find("{")
-    while start >= 0:
-        try:
-            value, end = decoder.raw_decode(answer, start)
-        except ValueError:
-            end = start + 1
-        else:
-            found = value if key in value else found
-        start = answer.find("{", end)
-    if found is None:
-        raise ValueError(f'expected a JSON object with "{key}", got {answer[-80:]!r}')
-    return found
+    found = [value for value in json_objects(reply) if key in value]
+    if not found:
+        raise ValueError(f'expected a JSON object with "{key}", got {reply[-80:]!r}')
+    return found[-1]

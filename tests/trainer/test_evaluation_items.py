@@ -228,6 +228,9 @@ def test_journal_leaves_a_file_that_is_none_as_it_is(tmp_path: Path, text: str) 
         ('```json\n{"score": 7.0, "reason": "two\nlines"}\n```', 7),
         ('<think>{"score": 1}</think>Here: {"reason": "r", "score": 10}', 10),
         ('{"score": 1}', 1),
+        ('I compare {A} and {B}. {"score": 4}', 4),
+        ('{"score": <1 to 10>}: {"score": 4, "reason": "its <think> shows"} {', 4),
+        ('{"score": 4}\n```json\n{"score": 4}\n```', 4),
     ],
 )
 def test_parse_criterion_reads_what_judges_write(text: str, score: int) -> None:
@@ -250,6 +253,12 @@ def test_parse_criterion_reads_what_judges_write(text: str, score: int) -> None:
         '{"reason": "no score"}',
         '{"score": 7, "reason": 3}',
         '{"score": 1} {"score": 2}',
+        # Cut while thinking: a draft is no verdict.
+        '<think>Perhaps {"score": 3, "reason": "draft"} but wait, the ending is',
+        '<think>a</think> {"score": 3} <think>or rather',
+        # Cut in the object: what stands in it is another one.
+        '{"score": 7, "parts": {"score": 3}, "reas',
+        '{"score": ' + "[" * 100_000,
     ],
 )
 def test_parse_criterion_refuses_anything_else(text: str) -> None:

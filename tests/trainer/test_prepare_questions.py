@@ -32,6 +32,8 @@ def test_range_replies_that_are_read(reply: str, expected: tuple[int, int]) -> N
         ('{"range": [400, 8', "expected a JSON object"),
         ('{"words": [400, 800]}', "expected a JSON object"),
         ('<think>{"range": [400, 800]}', "before its thinking does"),
+        ('<think>a</think>Or <think>{"range": [400, 800]}', "before its thinking does"),
+        ('{"range": [400, 8, "other": {"range": [400, 800]}', "expected a JSON object"),
         ('{"range": 400}', "two integers"),
         ('{"range": [400]}', "two integers"),
         ('{"range": [400, 600, 800]}', "two integers"),
