@@ -4,7 +4,7 @@ from typing import get_args
 
 from lwz_trainer.config.evaluation import EvalConfig
 from lwz_trainer.config.reading import parse_command_line
-from lwz_trainer.errors import UserError
+from lwz_trainer.errors import TrainingStopped, UserError
 from lwz_trainer.evaluation.items import Benchmark
 from lwz_trainer.evaluation.run import run_evaluation
 
@@ -21,7 +21,10 @@ def eval_command(argv: list[str]) -> None:
     prog = f"lwz_trainer eval {benchmark or 'BENCHMARK'}"
     config = parse_command_line(EvalConfig, argv[1:] if benchmark else argv, prog=prog)
     assert benchmark is not None, "--help has left the program"
-    summary = run_evaluation(benchmark, config)
+    try:
+        summary = run_evaluation(benchmark, config)
+    except KeyboardInterrupt as error:
+        raise TrainingStopped("interrupted; the same command goes on") from error
     if summary.num_failures:
         print(f"{summary.num_failures} calls failed; the same command asks them again")
     print(summary.report)

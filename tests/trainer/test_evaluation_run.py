@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,7 @@ from tests.trainer.evaluation_case import (
     writing_record,
 )
 from tests.trainer.fault_server import FaultServer, Hang, Reply, chat_reply, user_text
+from tests.trainer.test_bad_input import assert_refused
 from tests.trainer.tiny import make_tiny_model
 
 HOSTILE = '</div><b id="injected">&amp;<!-- insert title -->'
@@ -306,6 +308,30 @@ def test_eval_command_killed_while_judging_pays_for_no_call_twice(tmp_path: Path
     assert len(set(texts)) == 4
     [overall] = read_csv(tmp_path / "out" / "tables" / "overall.csv")
     assert (overall["S_q"], overall["missing"]) == ("75.0", "0")
+
+
+def test_eval_command_that_is_interrupted_ends_in_one_line_and_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_jsonl(tmp_path / "l.jsonl", [longbench_record(n) for n in (10, 20, 30)])
+    answers = [{"index": i, "response": f"word {i}"} for i in range(3)]
+    path = write_jsonl(tmp_path / "a.jsonl", answers)
+
+    def answer(body: dict[str, Any], number: int) -> Reply | Hang:
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            return Hang(1)  # the signal comes before the answer
+        return chat_reply(quality_reply(4, 4, 4, 4, 4, 4))
+
+    with FaultServer(answer) as server:
+        command = ["eval", "longbench-write", f"--data={data}", f"--output_dir={tmp_path / 'out'}"]
+        command += ["--responses", f"a={path}", f"--judge.base_url={server.base_url}"]
+        command += ["--judge.model=critic", "--judge.concurrency=1"]
+        assert_refused(command, capsys, "error: interrupted; the same command goes on", code=1)
+        assert main(command) == 0
+        assert len(server.bodies) == 4  # the one that was under way again
+    [overall] = read_csv(tmp_path / "out" / "tables" / "overall.csv")
+    assert overall["missing"] == "0"
 
 
 def tiny_generation(tmp_path: Path, **settings: Any) -> GenerateConfig:
