@@ -10,20 +10,17 @@ _TAG = re.compile(r"</?(?:think|answer)>")
 def final_answer(response: str) -> str:
     """The answer of a response of any model, without white space around it; "" if there is none.
 
-    Thinking ends at its closing tag whatever follows it (no blank line is needed) and is never
-    closed if generation was cut in it, so then there is no answer. What follows is the answer, or
-    the inside of <answer> where that tag is; the closing tag may be missing, as stop strings leave
-    it off. A response without tags is the answer itself.
+    Thinking ends at its closing tag whatever follows it (no blank line is needed), or at the end
+    if generation was cut in it; it begins with the response where a template opened the tag. What
+    is left of the response is the answer, or the inside of <answer> where that tag is; the closing
+    tag may be missing, as stop strings leave it off. Tags inside <answer> are part of it.
     """
-    rest = response
-    while rest.lstrip().startswith("<think>") or _first_tag(rest) == "</think>":
-        _, closing, rest = rest.partition("</think>")
-        if not closing:
-            return ""
+    before, rest = "", response
+    while (tag := _TAG.search(rest)) is not None and tag.group().endswith("think>"):
+        if tag.group() == "<think>":
+            before += rest[: tag.start()]
+            rest = rest[tag.end() :].partition("</think>")[2]
+        else:
+            before, rest = "", rest[tag.end() :]
     _, opening, inside = rest.partition("<answer>")
-    return (inside if opening else rest).partition("</answer>")[0].strip()
-
-
-def _first_tag(text: str) -> str:
-    match = _TAG.search(text)
-    return match.group() if match else ""
+    return (inside if opening else before + rest).partition("</answer>")[0].strip()

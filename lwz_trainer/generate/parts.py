@@ -5,11 +5,22 @@ from typing import Literal, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Part", "PartStream", "TextStream"]
+__all__ = ["Event", "Part", "PartStream", "TextStream"]
 
-Part: TypeAlias = Literal["thinking", "answer"]
+Part: TypeAlias = Literal["thinking", "untagged", "answer"]
+Event: TypeAlias = Part | Literal["restart"]
 
-_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+# What ends each part; other tags in it are text. `final_answer` reads a whole response so.
+_TAGS: dict[Part, tuple[str, ...]] = {
+    "thinking": ("</think>",),
+    "untagged": ("<think>", "</think>", "<answer>", "</answer>"),
+    "answer": ("</answer>",),
+}
+_PART_AFTER: dict[str, Part] = {
+    "<think>": "thinking",
+    "</think>": "untagged",
+    "<answer>": "answer",
+}
 
 
 class TextStream:
@@ -39,7 +50,8 @@ class TextStream:
 class PartStream:
     """Splits text at the tags, which may be cut anywhere between two pieces.
 
-    Text outside the tags counts as answer, as in a reply without tags; nothing follows `</answer>`.
+    Untagged text, outside of thinking and of <answer>, is the answer if no <answer> follows.
+    Nothing follows `</answer>`.
 
     Args:
         opened: the tag that the template left open, or "".
@@ -47,23 +59,27 @@ class PartStream:
     """
 
     def __init__(self, opened: str, stop: tuple[str, ...]) -> None:
-        self._part: Part | None = "thinking" if opened == "<think>" else "answer"
+        self._part: Part | None = _PART_AFTER.get(opened, "untagged")
         self._stop = stop
         self._held = ""
 
-    def feed(self, text: str) -> Iterator[tuple[Part, str]]:
-        """(part, text) of all that can be told; what may be the beginning of a tag waits."""
+    def feed(self, text: str) -> Iterator[tuple[Event, str]]:
+        """(part, text) of all that can be told; what may be the beginning of a tag waits.
+
+        ("restart", tag): untagged text so far is no answer. The tag is <answer>, or a </think>
+        whose thinking the template had opened.
+        """
         self._held += text
         while (found := self._first_mark()) is not None:
             place, mark = found
             yield from self._pieces(self._held[:place])
             self._held = self._held[place + len(mark) :]
-            if mark == "<think>":
-                self._part = "thinking"
-            elif mark in ("</think>", "<answer>"):
-                self._part = "answer"
-            else:
+            if mark in self._stop or mark == "</answer>":
                 self._part = None
+                continue
+            if self._part == "untagged" and mark != "<think>":
+                yield "restart", mark
+            self._part = _PART_AFTER[mark]
         kept = self._num_held_back()
         ready = self._held[: len(self._held) - kept]
         self._held = self._held[len(ready) :]
@@ -78,15 +94,18 @@ class PartStream:
         if text and self._part is not None:
             yield self._part, text
 
+    def _marks(self) -> tuple[str, ...]:
+        return () if self._part is None else (*_TAGS[self._part], *self._stop)
+
     def _first_mark(self) -> tuple[int, str] | None:
-        marks = {*_TAGS, *self._stop}
+        marks = self._marks()
         found = [(self._held.find(mark), mark) for mark in marks if mark in self._held]
         return min(found) if found else None
 
     def _num_held_back(self) -> int:
         """Characters at the end that may be the beginning of a tag or stop string."""
-        marks = {*_TAGS, *self._stop}
-        longest = min(len(self._held), max(map(len, marks)) - 1)
+        marks = self._marks()
+        longest = min(len(self._held), max(map(len, marks), default=0))
         for size in range(longest, 0, -1):
             if any(mark.startswith(self._held[-size:]) for mark in marks):
                 return size

@@ -53,8 +53,11 @@ def _write_to_terminal(config: GenerateCommandConfig) -> None:
     parts = PartStream(writer.opened, config.stop)
 
     def show(tokens: list[int]) -> None:
-        for part, piece in parts.feed(text.new_text(tokens)):
-            page.add(part, piece)
+        for event, piece in parts.feed(text.new_text(tokens)):
+            if event == "restart":
+                page.restart(piece)
+            else:
+                page.add(event, piece)
 
     def show_running(running: list[Sequence]) -> None:
         for sequence in running:

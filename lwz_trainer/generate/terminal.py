@@ -17,7 +17,8 @@ _SECONDS_BETWEEN_COUNTS = 0.25
 class TerminalPage:
     """Whole lines scroll by; the line being written and the counter stay at the bottom.
 
-    Where the output is no terminal the text alone is written to it, as it comes.
+    Where the output is no terminal the text alone is written to it, as it comes; untagged text
+    waits for the end there, since an <answer> would take it back.
 
     Args:
         length_range: words wanted, or None.
@@ -35,7 +36,8 @@ class TerminalPage:
         self._console = console or Console(highlight=False)
         self._length_range = length_range
         self._show_thinking = show_thinking
-        self._texts: dict[Part, str] = {"thinking": "", "answer": ""}
+        self._texts: dict[Part, str] = {"thinking": "", "untagged": "", "answer": ""}
+        self._is_tagged = False
         self._shown: Part | None = None
         self._line = ""
         self._status = ""
@@ -50,20 +52,36 @@ class TerminalPage:
         if not self._texts[part]:
             text = text.lstrip()
         self._texts[part] += text
-        if text and (part == "answer" or self._show_thinking):
+        self._is_tagged |= part == "answer"
+        waits = part == "untagged" and self._live is None
+        if text and not waits and (part != "thinking" or self._show_thinking):
             self._write(part, text)
         if self._live is not None:
             self._refresh()
+
+    def restart(self, tag: str) -> None:
+        """Untagged text so far is no answer, as `PartStream` found at this tag."""
+        if tag == "</think>":
+            self._texts["thinking"] += self._texts["untagged"]
+            self._shown = "thinking" if self._shown == "untagged" else self._shown
+        self._texts["untagged"] = ""
+        self._is_tagged = tag == "<answer>"
 
     def close(self) -> tuple[str, str]:
         """Ends the last line; thinking and answer without white space around them."""
         if self._live is not None:
             self._end_line()
             self._live.stop()
-        elif self._shown is not None:
-            self._console.file.write("\n")
-            self._console.file.flush()
-        return self._texts["thinking"].strip(), self._texts["answer"].strip()
+        else:
+            if not self._is_tagged and self._texts["untagged"]:
+                self._write("untagged", self._texts["untagged"])
+            if self._shown is not None:
+                self._console.file.write("\n")
+                self._console.file.flush()
+        return self._texts["thinking"].strip(), self._answer().strip()
+
+    def _answer(self) -> str:
+        return self._texts["answer" if self._is_tagged else "untagged"]
 
     def _write(self, part: Part, text: str) -> None:
         if self._shown not in (None, part):
@@ -102,9 +120,9 @@ class TerminalPage:
         self._live.update(Group(line, Text(self._status, "reverse")), refresh=True)
 
     def _counter(self) -> str:
-        thinking, words = (count_words(self._texts[part]) for part in ("thinking", "answer"))
+        words = count_words(self._answer())
         if not words:
-            return f" thinking: {thinking:,} words "
+            return f" thinking: {count_words(self._texts['thinking']):,} words "
         return f" {length_words(words, self._length_range)} "
 
 

@@ -50,6 +50,12 @@ from tests.trainer.evaluation_case import (
         ("plan</think><answer>The piece.</answer>", "The piece."),
         ("The piece.</answer>", "The piece."),
         ("<think>a</think><think>b</think>The piece.", "The piece."),
+        # Thinking is cut out wherever it stands outside of <answer>.
+        ("Sure! <think>plan</think>Here.", "Sure! Here."),
+        ("<think>a</think>One,<think>b</think> two", "One, two"),
+        ("Sure! <think>plan</think><answer>The piece.", "The piece."),
+        ("The piece. <think>Was it good", "The piece."),
+        ("<think>inside <answer> tags</think><answer>The piece.", "The piece."),
         # Generation was cut while thinking: none of it is an answer.
         ("<think>a long plan, and then", ""),
         ("<think>a</think>", ""),

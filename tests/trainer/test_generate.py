@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from lwz_trainer.__main__ import main
+from lwz_trainer.evaluation.answer import final_answer
 from lwz_trainer.generate.parts import PartStream, TextStream
 from lwz_trainer.generate.terminal import TerminalPage, length_words
 from lwz_trainer.rollout import RolloutEngine
@@ -21,22 +22,34 @@ from tests.trainer.train_case import ROOT
 STOP = ("<|user|>", "</answer>")
 
 
-def split_parts(pieces: list[str], opened: str) -> dict[str, str]:
+def show_pieces(pieces: list[str], opened: str, *, is_terminal: bool) -> tuple[str, str, str]:
+    """What a page without thinking shows, and its thinking and answer."""
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=is_terminal, width=40, highlight=False)
+    page = TerminalPage(None, show_thinking=False, console=console)
     stream = PartStream(opened, STOP)
-    parts = {"thinking": "", "answer": ""}
     for piece in pieces:
-        for part, text in stream.feed(piece):
-            parts[part] += text
+        for event, text in stream.feed(piece):
+            if event == "restart":
+                page.restart(text)
+            else:
+                page.add(event, text)
     for part, text in stream.finish():
-        parts[part] += text
-    return parts
+        page.add(part, text)
+    thinking, answer = page.close()
+    return file.getvalue(), thinking, answer
 
 
 @pytest.mark.parametrize(
     ("text", "opened", "thinking", "answer"),
     [
         ("<think>a</think><answer>b</answer>c", "", "a", "b"),
-        ("a</think>\n<answer>b", "<think>", "a", "\nb"),
+        ("a</think>\n<answer>b", "<think>", "a", "b"),
+        ("the <answer> tag</think>Here: <answer>b", "<think>", "the <answer> tag", "b"),
+        ("<think>a</think>b <think>c</think>d", "", "ac", "b d"),
+        ("a</think>b", "", "a", "b"),
+        ("a</think><answer>", "", "a", ""),
+        ("so </think> and <think>", "<answer>", "", "so </think> and <think>"),
         ("b</answer>", "<answer>", "", "b"),
         ("b < c <an", "", "", "b < c <an"),
         ("b<|user|>: next", "<answer>", "", "b"),
@@ -48,17 +61,33 @@ def test_part_stream_tells_thinking_from_answer(
 ) -> None:
     for size in (1, 2, 3, len(text)):
         pieces = [text[start : start + size] for start in range(0, len(text), size)]
-        assert split_parts(pieces, opened) == {"thinking": thinking, "answer": answer}
+        assert show_pieces(pieces, opened, is_terminal=False) == (
+            f"{answer}\n" if answer else "",
+            thinking,
+            answer,
+        )
 
 
 @given(
     pieces=st.lists(
         st.sampled_from(["<think>", "</think>", "<answer>", "a<", "/", "answer>", "b", "<|us"]),
         max_size=12,
-    )
+    ),
+    opened=st.sampled_from(["", "<think>", "<answer>"]),
 )
-def test_part_stream_does_not_depend_on_where_text_is_cut(pieces: list[str]) -> None:
-    assert split_parts(pieces, "") == split_parts(["".join(pieces)], "")
+def test_part_stream_finds_the_answer_of_the_whole_text(pieces: list[str], opened: str) -> None:
+    whole = "".join(pieces)
+    expected = final_answer(opened + whole.partition("</answer>")[0])
+    for fed in (pieces, [whole]):
+        shown, _, answer = show_pieces(fed, opened, is_terminal=False)
+        assert (shown.strip(), answer) == (expected, expected)
+
+
+def test_a_terminal_shows_untagged_text_at_once() -> None:
+    pieces = ["plan</think>", "Here it is: ", "<answer>", "The piece."]
+    shown, thinking, answer = show_pieces(pieces, "<think>", is_terminal=True)
+    assert (thinking, answer) == ("plan", "The piece.")
+    assert shown.index("Here it is:") < shown.index("The piece.")
 
 
 def test_text_stream_waits_for_whole_characters() -> None:
