@@ -5,6 +5,7 @@ LongBench-Write (with LongWriter, arXiv 2408.07055) differ in their records; an 
 generating, judging and reading need of any of them.
 """
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -99,7 +100,7 @@ def load_items(benchmark: Benchmark, path: Path) -> list[Item]:
         items.append(item)
     if not items:
         raise UserError(f"{path} is empty; expected {benchmark} records, one JSON object per line")
-    return items
+    return _without_empty_baselines(items, path) if benchmark == "arena-write" else items
 
 
 def load_requirement(name: str, subset: Path, criteria: Path, items: list[Item]) -> Requirement:
@@ -171,6 +172,28 @@ def load_responses(path: Path, items: list[Item]) -> dict[int, str]:
     return responses
 
 
+def _without_empty_baselines(items: list[Item], path: Path) -> list[Item]:
+    """A win over a text that is not there says nothing."""
+    kept = [
+        dataclasses.replace(
+            item, baselines={name: text for name, text in item.baselines.items() if text.strip()}
+        )
+        for item in items
+    ]
+    num_empty = sum(len(item.baselines) for item in items) - sum(len(k.baselines) for k in kept)
+    num_bare = sum(not item.baselines for item in kept)
+    if num_empty or num_bare:
+        _logger.warning(
+            "%s: %d empty baseline texts are left out; %d of %d tasks have no baseline, so their "
+            "answers are compared with nothing",
+            path,
+            num_empty,
+            num_bare,
+            len(kept),
+        )
+    return kept
+
+
 class _Fields:
     """One record's fields, each checked where it is read; `row` counts records from 0."""
 
@@ -215,18 +238,23 @@ class _Fields:
         return [_Fields(child, f"{self.where}, {name}[{i}]") for i, child in enumerate(value)]
 
     def texts_by_name(self, name: str) -> dict[str, str]:
-        """{name: text}, or a list of {"model" or "name", "response"}."""
+        """{name: text}, or a list of {"model" or "name", "response"}; texts may be empty."""
         value = self._get(name)
+        if value in (None, "", [], {}):
+            return {}
         if isinstance(value, dict):
             fields = _Fields(value, f"{self.where}, {name}")
-            pairs = [(key, fields.text(key)) for key in value]
+            pairs = [(key, fields.text(key, may_be_empty=True)) for key in value]
         else:
             pairs = [
-                (child.text("model" if child.has("model") else "name"), child.text("response"))
+                (
+                    child.text("model" if child.has("model") else "name"),
+                    child.text("response", may_be_empty=True),
+                )
                 for child in self.children(name)
             ]
         texts = dict(pairs)
-        if not texts or len(texts) < len(pairs):
+        if len(texts) < len(pairs):
             raise UserError(f"{self.where}: {name} must hold texts of different names")
         return texts
 

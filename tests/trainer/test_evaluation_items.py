@@ -89,6 +89,19 @@ def test_load_items_reads_the_three_formats(tmp_path: Path) -> None:
     ]
 
 
+def test_load_items_leaves_out_empty_baselines_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    baselines = ["", {"m": " \n", "n": "text"}, [{"model": "m", "response": ""}], {}, {"m": "text"}]
+    records = [arena_record(i, baseline_response=value) for i, value in enumerate(baselines)]
+    items = load_items("arena-write", write_jsonl(tmp_path / "a.jsonl", records))
+    assert [item.baselines for item in items] == [{}, {"n": "text"}, {}, {}, {"m": "text"}]
+    assert "2 empty baseline texts are left out; 3 of 5 tasks have no baseline" in caplog.text
+    caplog.clear()
+    load_items("arena-write", write_jsonl(tmp_path / "b.jsonl", records[-1:]))
+    assert not caplog.text
+
+
 def _without(record: dict, *path: Any) -> dict:
     copy = json.loads(json.dumps(record))
     inner = copy
@@ -116,8 +129,13 @@ def _without(record: dict, *path: Any) -> dict:
             "index must be an integer",
         ),
         ("writingbench", writing_record(0, "Law", ("A",)), "index 0 stands in .* line 1 already"),
-        ("arena-write", arena_record(1, baseline_response={}), "must hold texts"),
-        ("arena-write", arena_record(1, baseline_response={"m": ""}), "m must be a text"),
+        ("arena-write", arena_record(1, baseline_response="text"), "must be a list of objects"),
+        ("arena-write", arena_record(1, baseline_response={"m": 3}), "m must be a text"),
+        (
+            "arena-write",
+            arena_record(1, baseline_response=[{"model": "m", "response": "text"}] * 2),
+            "must hold texts of different names",
+        ),
         ("longbench-write", longbench_record(0), "length must be above 0, got 0"),
     ],
 )
