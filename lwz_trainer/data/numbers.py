@@ -56,7 +56,8 @@ _CHINESE_DIGITS = {char: value for value, char in enumerate("零一二三四五�
 }
 _CHINESE_SCALES = {"十": 10, "百": 100, "千": 1000}
 
-CHINESE_NUMBER = rf"(?:(?:{_DIGITS})[百千万]?|[零〇一二两三四五六七八九十百千万]+)"
+_NUMERALS = "[零〇一二两三四五六七八九十百千]"
+CHINESE_NUMBER = rf"(?:(?:{_DIGITS})[百千万]?|{_NUMERALS}+(?:万{_NUMERALS}*)?|万{_NUMERALS}*)"
 """Pattern of one number: "800", "3千", "1.2万", "一千五百", "两千五"."""
 
 
