@@ -52,6 +52,19 @@ _BETWEEN = re.compile(
 _GIVEN_BEFORE = re.compile(
     r"(?:这篇|这段|下面|以下|上面|上述|原文|我的|该|把|将一篇|缩写一篇)(?:的|这|约)?$"
 )
+# What is written or read beside the piece, or has the piece as its part or summary.
+_OTHER_TEXT_BEFORE = re.compile(
+    r"(?:我们?(?:(?:正在|正|在)(?:写|读|看|创作)|(?:已经|已|刚刚?)?(?:写|读|看)(?:了|过|完了))"
+    r"(?:[一这那]?[部篇本份个])?|(?:为|根据|基于|针对|读完?|阅读)[一这那][部篇本份]"
+    r"|我的(?:毕业)?(?:论文|小说|文章|作文|书|报告)(?:一共|共|大约|约|有|是)*)$"
+)
+_OTHER_TEXT_AFTER = re.compile(
+    r"的?(?:小说|论文|书|文章|作品|作文|报告|剧本)的(?:第[\d一二三四五六七八九十]+[章回节卷]|"
+    r"开头|开篇|结尾|大纲|提纲|摘要|引言|序言|书评|读后感|评论)"
+)
+# Shorter than the piece if it has pages as well, else the piece.
+_MAYBE_PART_BEFORE = re.compile(r"(?:摘要|引言|前言|结语)[^,。;]{0,6}$")
+_MAYBE_PART_AFTER = re.compile(r"的?(?:中文|英文)?(?:摘要|引言|前言|结语)")
 _EACH_BEFORE = re.compile(r"每(?:一)?[^,。;]{0,6}$")
 _PARTS = re.compile(
     rf"(?P<number>{CHINESE_NUMBER})个?(?:段|章|节|部分|篇|封|首|则|幕|场|集|条)[^。!?]{{0,14}}$"
@@ -74,10 +87,11 @@ def _mention(match: re.Match[str], text: str) -> Mention | None:
     after = text[match.end() : match.end() + _AROUND]
     num_parts = _num_parts(before)
     low, high = _ends(match)
+    is_part = _MAYBE_PART_BEFORE.search(before) or _MAYBE_PART_AFTER.match(after)
     is_pages = (match["unit"] or "").endswith("页")
     if match["unit"]:
         unit_words = num_parts * (_PAGE_CHARACTERS if is_pages else 1)
-        if not num_parts or _GIVEN_BEFORE.search(before) or _is_idiom(match, before):
+        if not num_parts or _is_not_the_piece(match, before, after):
             return None
     elif _OTHER_UNIT.match(after):
         return None
@@ -91,7 +105,7 @@ def _mention(match: re.Match[str], text: str) -> Mention | None:
         high=high,
         bound=bound,
         unit_words=unit_words,
-        kind="pages" if is_pages else "words",
+        kind="pages" if is_pages else "part" if is_part else "words",
         start=match.start() - num_before,
         end=match.end() + num_after,
     )
@@ -131,6 +145,15 @@ def _num_parts(before: str) -> float:
     parts = _PARTS.search(before[: each.start()])
     number = parse_chinese(parts["number"]) if parts else 0.0
     return number if isinstance(number, float) else 0.0
+
+
+def _is_not_the_piece(match: re.Match[str], before: str, after: str) -> bool:
+    return bool(
+        _GIVEN_BEFORE.search(before)
+        or _OTHER_TEXT_BEFORE.search(before)
+        or _OTHER_TEXT_AFTER.match(after)
+        or _is_idiom(match, before)
+    )
 
 
 def _is_idiom(match: re.Match[str], before: str) -> bool:

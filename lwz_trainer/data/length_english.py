@@ -52,8 +52,8 @@ _BOUNDS = BoundWords(
     ),
     most_after=re.compile(
         r"\s*(?:\(?\s*max(?:imum)?\b(?! (?:of )?\d)|or (?:less|fewer|under|shorter)\b|"
-        r"at (?:the )?most\b(?! \d)|tops\b|limit\b|long at most\b|and (?:no|not) more\b(?! th[ae]n)|"
-        r"in length at most\b)"
+        r"at (?:the )?most\b(?! \d)|tops\b|limit\b|long at most\b|"
+        r"and (?:no|not) more\b(?! th[ae]n)|in length at most\b)"
     ),
     least_before=re.compile(
         r"(?:at leas[et]|no(?:t)? (?:be )?(?:less|fewer|shorter) than|not (?:be )?(?:under|below)|"
@@ -79,6 +79,23 @@ _GIVEN_BEFORE = re.compile(
     r"the original|following|his|her|their|your)|\b(?:summari[sz]e|condense|shorten|proofread|"
     r"translate|edit|cut|reduce|review|critique)\s+(?:an?|the))\s+$"
 )
+# What is written or read beside the piece, or has the piece as its part or summary.
+_OTHER_TEXT_BEFORE = re.compile(
+    r"(?:\b(?:i|we)(?:['’](?:m|re|ve)| am| are| was| have| had)?"
+    r"(?: been| just| currently| already| also| now)* (?:writing|working on|wrote|written|"
+    r"finish(?:ed|ing)|read|reading|draft(?:ed|ing)|edit(?:ed|ing)|completed)"
+    r"(?: (?:an?|the|my|our|about|over)(?: [\w-]+){0,2})?"
+    r"|\b(?:chapter|scene|section|introduction|intro|conclusion|abstract|outline|prologue|epilogue|"
+    r"opening|beginning|ending|summary|synopsis|review|critique|analysis|overview|blurb|title)s?"
+    r"(?: \d+)?(?: \([^()]*\))? (?:of|for|from|to|in) (?:an?|the|my|our|this)(?: [\w-]+){0,2}"
+    r"|\b(?:book|novel|pdf|manuscript|textbook|(?:my|our) (?:\w+ )?(?:essay|paper|story|thesis|"
+    r"dissertation|article|report|draft|text)),? (?:which |that |it )?(?:is|was|has|had|contains|"
+    r"runs to|spans)(?: about| over| around| roughly| nearly| almost)?) $"
+)
+_OTHER_TEXT_AFTER = re.compile(
+    r"[- ](?:\w+ ){1,2}(?:that |which )?(?:i|we)(?:['’](?:m|re|ve))?(?: am| have| had| just| been)*"
+    r" (?:wrote|written|writing|working|read|reading|finished)\b"
+)
 # "10 words that rhyme", "list twenty words": a few words as things, not as a length.
 _MAX_LISTED = 100
 _LISTED_AFTER = re.compile(
@@ -97,14 +114,22 @@ _EACH_BEFORE = re.compile(
     r"\b(?:each|every|per)\b(?: \w+){0,3}(?: of| with| in| at| about| around| be| is)*"
     r"(?: about| around| roughly| approximately| at least| up to| at most)? $"
 )
-_PARTS_BEFORE = re.compile(
-    rf"(?P<number>{ENGLISH_NUMBER})[- ](?:\w+ ){{0,2}}?(?:paragraphs|sections|chapters|parts|"
-    r"scenes|stanzas|essays|stories|letters|posts|entries|articles|emails|episodes|reviews|"
-    r"pieces|speeches|descriptions|versions|acts|poems)\b[^.!?;]{0,40}$"
+_PARTS = (
+    r"(?:\w+ ){0,2}?(?:paragraphs|sections|chapters|parts|scenes|stanzas|essays|stories|letters|"
+    r"posts|entries|articles|emails|episodes|reviews|pieces|speeches|descriptions|versions|acts|"
+    r"poems)\b"
 )
+_PARTS_BEFORE = re.compile(rf"(?P<number>{ENGLISH_NUMBER})[- ]{_PARTS}[^.!?;]{{0,40}}$")
+# "three 500-word essays"
+_NUMBER_BEFORE = re.compile(rf"(?P<number>{ENGLISH_NUMBER}) $")
+_PARTS_AFTER = re.compile(rf"[- ]{_PARTS}")
 _PART_OF_PIECE_AFTER = re.compile(
     r"[- ]?(?:\w+ )?(?:title|headline|tagline|slogan|subject line|hook|byline|caption)s?\b"
 )
+# Shorter than the piece if it has pages as well, else the piece.
+_MAYBE_PART = "(?:abstract|introduction|intro|conclusion|bio|blurb|foreword|preface|appendix)"
+_MAYBE_PART_BEFORE = re.compile(rf"\b{_MAYBE_PART}\b[^.!?;,]{{0,25}}$")
+_MAYBE_PART_AFTER = re.compile(rf"[- ]?(?:\w+ )?{_MAYBE_PART}\b")
 
 
 def english_mentions(text: str) -> list[Mention]:
@@ -121,6 +146,7 @@ def _mention(match: re.Match[str], text: str, page_words: int) -> Mention | None
     after = text[match.end() : match.end() + _AROUND]
     num_parts = _num_parts(before, after)
     is_pages = "page" in (match["unit"] or "")
+    is_part = _MAYBE_PART_BEFORE.search(before) or _MAYBE_PART_AFTER.match(after)
     if match["unit"]:
         unit_words = num_parts * (page_words if is_pages else 1)
         if not num_parts or _is_not_the_piece(match, before, after):
@@ -138,7 +164,7 @@ def _mention(match: re.Match[str], text: str, page_words: int) -> Mention | None
         high=high,
         bound=bound,
         unit_words=unit_words,
-        kind="pages" if is_pages else "words",
+        kind="pages" if is_pages else "part" if is_part else "words",
         start=match.start() - num_before,
         end=match.end() + num_after,
     )
@@ -149,9 +175,10 @@ def _ends(match: re.Match[str]) -> tuple[float, float]:
     if not match["high"]:
         return low, low
     high = parse_english(match["high"])
-    # "2-3k words": the scale belongs to both.
-    if low < high / 100 and re.search(r"k|thousand", match["high"]):
-        low *= 1000
+    # "2-3k words", "three to four hundred words": the scale belongs to both.
+    scale = 1000 if re.search(r"k|thousand$", match["high"]) else 100
+    if low * scale <= high and low < 100 and re.search(r"(?:k|thousand|hundred)$", match["high"]):
+        low *= scale
     return min(low, high), max(low, high)
 
 
@@ -177,11 +204,16 @@ def _num_parts(before: str, after: str) -> float:
     is_each = _EACH_AFTER.match(after) or _EACH_BEFORE.search(before)
     if is_each:
         return parse_english(parts["number"]) if parts else 0
+    number = _NUMBER_BEFORE.search(before)
+    if number and _PARTS_AFTER.match(after):
+        return parse_english(number["number"])
     is_of = parts is not None and re.search(r"\b(?:of|with)(?: about| around)? $", before)
     return parse_english(parts["number"]) if parts and is_of else 1
 
 
 def _is_not_the_piece(match: re.Match[str], before: str, after: str) -> bool:
+    if _OTHER_TEXT_BEFORE.search(before) or _OTHER_TEXT_AFTER.match(after):
+        return True
     if "page" in match["unit"]:
         is_one_of_many = re.match(r"\s*(?:\d|number|layout|break|turner|title|website)", after)
         is_web = re.search(r"\b(?:web|landing|home|on|the|this|title|sales|front)[- ]$", before)

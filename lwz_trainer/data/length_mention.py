@@ -65,9 +65,7 @@ class BoundWords:
         return "about", 0, 0
 
 
-def join_bounds(
-    mentions: Iterable[Mention], text: str, between: re.Pattern[str]
-) -> list[Mention]:
+def join_bounds(mentions: Iterable[Mention], text: str, between: re.Pattern[str]) -> list[Mention]:
     """Make one range of "at least 500 words" and "at most 800" with only `between` in between.
 
     A count that names no unit is good for nothing but this, and dropped where it is not joined.

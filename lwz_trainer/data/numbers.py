@@ -42,9 +42,12 @@ _DOTTED_THOUSANDS = re.compile(r"[1-9]\d{0,2}\.\d{3}")
 _SIMPLE = "|".join(sorted((*_TENS, *_UNITS), key=len, reverse=True))
 _SCALE = "(?:hundred|thousand)"
 # "five hundred and fifty" is one number, "five hundred and six hundred" are two.
+# "two thousand and five hundred" is one as well, "one thousand and fifteen hundred" are two.
+_BELOW_TEN = "|".join(word for word, value in _UNITS.items() if 0 < value < 10)
 _SPELLED = (
     rf"(?:(?:{_SIMPLE})\b|an?(?=[ -]{_SCALE}))"
-    rf"(?:[ -](?:{_SIMPLE}|{_SCALE})\b|[ -]and[ -](?:{_SIMPLE})\b(?![ -]{_SCALE}))*"
+    rf"(?:[ -](?:{_SIMPLE}|{_SCALE})\b|[ -]and[ -](?:{_SIMPLE})\b(?![ -]{_SCALE})"
+    rf"|(?<=thousand)(?:,| and) (?:{_BELOW_TEN})[ -]hundred\b)*"
 )
 
 ENGLISH_NUMBER = rf"(?:(?:{_DIGITS})(?:[ -]?(?:k|thousand|hundred)\b)?|\b{_SPELLED}\b)"
@@ -57,8 +60,11 @@ _CHINESE_DIGITS = {char: value for value, char in enumerate("零一二三四五�
 _CHINESE_SCALES = {"十": 10, "百": 100, "千": 1000}
 
 _NUMERALS = "[零〇一二两三四五六七八九十百千]"
-CHINESE_NUMBER = rf"(?:(?:{_DIGITS})[百千万]?|{_NUMERALS}+(?:万{_NUMERALS}*)?|万{_NUMERALS}*)"
-"""Pattern of one number: "800", "3千", "1.2万", "一千五百", "两千五"."""
+CHINESE_NUMBER = (
+    rf"(?:(?:{_DIGITS})(?:[百千万](?:\d+[百千])*\d*)?"
+    rf"|{_NUMERALS}+(?:万{_NUMERALS}*)?|万{_NUMERALS}*)"
+)
+"""Pattern of one number: "800", "3千", "2千5百", "1.2万", "一千五百", "两千五"."""
 
 
 def parse_english(text: str) -> float:
@@ -71,7 +77,7 @@ def parse_english(text: str) -> float:
         value = float(number)
         return value * _SCALES.get(text[digits.end() :].strip(" -"), 1)
     total = current = 0
-    for word in re.split(r"[ -]+", text):
+    for word in re.split(r"[ ,-]+", text):
         if word in ("hundred", "thousand"):
             current = max(current, 1) * _SCALES[word]
             if word == "thousand":
@@ -85,8 +91,7 @@ def parse_chinese(text: str) -> float | tuple[float, float]:
     """Value of what `CHINESE_NUMBER` matched; two values for "三五百", three to five hundred."""
     digits = re.match(_DIGITS, text)
     if digits:
-        scale = {"": 1, "百": 100, "千": 1000, "万": 10_000}[text[digits.end() :]]
-        return float(digits.group().replace(",", "")) * scale
+        return _digits_and_scales(float(digits.group().replace(",", "")), text[digits.end() :])
     about = re.fullmatch(r"([一二两三四五六七八九])([二三四五六七八九])([十百千万])", text)
     if about:
         low, high, scale_char = about.groups()
@@ -97,6 +102,23 @@ def parse_chinese(text: str) -> float | tuple[float, float]:
     if has_ten_thousands and len(rest) == 1 and rest in _CHINESE_DIGITS:
         return float(total + 1000 * _CHINESE_DIGITS[rest])  # 一万二 is 12,000
     return float(total + _below_ten_thousand(rest))
+
+
+def _digits_and_scales(number: float, rest: str) -> float:
+    """2千5百, 2千500 and 2千5 are all 2,500."""
+    if not rest:
+        return number
+    scale = 10_000 if rest[0] == "万" else _CHINESE_SCALES[rest[0]]
+    total = number * scale
+    for digits, scale_char in re.findall(r"(\d+)([百千]?)", rest):
+        if scale_char:
+            scale = _CHINESE_SCALES[scale_char]
+        elif len(digits) == 1:
+            scale //= 10
+        else:
+            scale = 1
+        total += int(digits) * scale
+    return total
 
 
 def _below_ten_thousand(text: str) -> int:
