@@ -37,11 +37,13 @@ _BOUNDS = BoundWords(
     ),
     most_after=re.compile(r"\s*(?:以内|之内|以下|内(?!容)|封顶|为限|[≥>](?=字数|篇幅))"),
     least_before=re.compile(
-        r"(?:不(?:要|能|得|可|宜|应该?|可以)?(?:少于|低于|短于|小于|下于)|至少|最少|起码|"
+        r"(?:不(?:要|能|得|可|宜|应该?|可以)?(?:少于|低于|短于|小于|下于)|至少|最少|最低|起码|"
         r"超过|多于|大于|高于|下限(?:为|是)?|达到|满|≥|>=|(?:字数|篇幅) ?>)"
-        r"\s*:?\s*(?:要?写?)?$"
+        r"\s*:?\s*(?:要?写?够?)?$"
     ),
-    least_after=re.compile(r"\s*(?:以上|起步|往上|开外|打底|(?:≤|<=?) ?(?=字数|篇幅))"),
+    least_after=re.compile(
+        r"\s*(?:以上|起(?=步|$|[,。;!、\s)])|往上|开外|打底|(?:≤|<=?) ?(?=字数|篇幅))"
+    ),
 )
 # Between the two bounds of one range; 正文 would make them those of two things.
 _BETWEEN = re.compile(

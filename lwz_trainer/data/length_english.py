@@ -15,7 +15,7 @@ _PAGE_WORDS, _DOUBLE_SPACED_PAGE_WORDS = 500, 250
 _AROUND = 80  # characters before and after a number that are looked at
 _MIN_LABELLED = 20  # "length: 10" counts something else
 
-_TO = r"(?:\s*(?:-|–|—|~|to|and|or)\s*)"
+_TO = r"(?:\s*(?:-?\s?to-?|-|–|—|~|and|or)\s*)"
 _UNIT = r"(?P<unit>(?:-?ish)?[- ]?(?:english[- ]|chinese[- ])?words?\b|[- ]?pages?\b)"
 _COUNT = re.compile(
     rf"(?P<low>{ENGLISH_NUMBER})"
@@ -28,7 +28,7 @@ _LABEL_BEFORE = re.compile(
     r"|length|words(?=\s?[:=≤≥<>]))\b"
     r"(?: should| must| is| of| be| to| between| around| about| approximately| at least| at most"
     r"| no (?:less|more) than| not exceed| under| over| up to| (?:min|max)(?:imum|\.)?"
-    r"|[:=≤≥<>]|\s)*$"
+    r"| approx\.|[:=≤≥<>-]|\s)*$"
 )
 _OTHER_UNIT = re.compile(
     r"\s*(?:page|minute|hour|line|sentence|paragraph|char|day|second|section|chapter|stanza|point)"
@@ -43,10 +43,10 @@ _NO_UNIT = re.compile(
 _EXTREME = r"(?:imum|\.)?(?: (?:word )?(?:length|count|limit|words))?(?: of| is)?"
 _BOUNDS = BoundWords(
     most_before=re.compile(
-        r"(?:no(?:t)? (?:be )?(?:more|longer|greater) th[ae]n|"
+        r"(?:no(?:t)? (?:\w+ )?(?:more|longer|greater) th[ae]n|"
         r"not?(?: to)? (?:exceed(?:ing)?|surpass|above|over|go (?:over|above|beyond|past))|"
-        r"(?:less|fewer|shorter) than|under|"
-        rf"below|up to|at (?:the )?most|within|≤|<=?|max{_EXTREME}|"
+        r"(?:less|fewer|shorter) than|under|below|up to|at (?:the )?most|within|≤|<=?|"
+        rf"max{_EXTREME}|"
         r"a limit of|word limit\D{0,12}|limit(?:ed)?(?: \w+){0,3}? to|"
         r"never exceed|without exceeding|cap(?:ped)?(?: it)? at)\s*:?\s*(?:the )?$"
     ),
@@ -56,9 +56,8 @@ _BOUNDS = BoundWords(
         r"and (?:no|not) more\b(?! th[ae]n)|in length at most\b)"
     ),
     least_before=re.compile(
-        r"(?:at leas[et]|no(?:t)? (?:be )?(?:less|fewer|shorter) than|not (?:be )?(?:under|below)|"
-        r"(?:more|longer|greater) than|over|"
-        rf"above|upwards of|≥|>=|min{_EXTREME}|"
+        r"(?:at leas[et]|no(?:t)? (?:\w+ )?(?:less|fewer|shorter) than|not (?:be )?(?:under|below)|"
+        rf"(?:more|longer|greater) than|over|above|upwards of|≥|>=|min{_EXTREME}|"
         r"exceed(?:s|ing)?)\s*:?\s*$"
     ),
     least_after=re.compile(
@@ -69,7 +68,7 @@ _BOUNDS = BoundWords(
 )
 # Between the two bounds of one range; "a body of" would make them those of two things.
 _BETWEEN = re.compile(
-    r"(?:[\s,;:.()/-]|(?:and|but|or|yet|with|it|should|must|may|do|does|keep|a|an|the|to|be|words?"
+    r"(?:[\s,;:.()&/-]|(?:and|but|or|yet|with|it|should|must|may|do|does|keep|a|an|the|to|be|words?"
     r"|count)\b)*"
 )
 
@@ -108,7 +107,8 @@ _LISTED_BEFORE = re.compile(
     r"contain(?:s|ing)?|with) (?:all |the |these |exactly )?$"
 )
 _EACH_AFTER = re.compile(
-    r"\s*(?:or (?:so|more|less) )?(?:long )?,?\s*(?:each|apiece|per|a piece|every)\b"
+    r"\s*(?:or (?:so|more|less) )?(?:long )?,?\s*"
+    r"(?:(?:on |for )?each|apiece|per|a piece|every)\b"
 )
 _EACH_BEFORE = re.compile(
     r"\b(?:each|every|per)\b(?: \w+){0,3}(?: of| with| in| at| about| around| be| is)*"
