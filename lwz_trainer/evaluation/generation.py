@@ -104,11 +104,11 @@ def generate_responses(
                 "another output_dir or generate.name, or remove the file"
             )
         responses[index] = record["response"]
-    failures: list[str] = []
+    failures: dict[int, str] = {}
     remaining = [item for item in items if item.index not in responses]
     on_progress(len(items) - len(remaining), len(items))
     if not remaining:
-        return responses, failures
+        return responses, []
     written = (
         _write_here(config, sampling, remaining)
         if config.model
@@ -116,13 +116,13 @@ def generate_responses(
     )
     for index, outcome in written:
         if isinstance(outcome, EndpointError):
-            failures.append(f"{config.name}, index {index}: no response: {outcome}")
+            failures[index] = f"{config.name}, index {index}: no response: {outcome}"
         else:
             known = {"task": tasks[index], "settings": settings}
             journal.append({"index": index, **outcome, **known})
             responses[index] = outcome["response"]
         on_progress(len(responses) + len(failures), len(items))
-    return responses, failures
+    return responses, [failures[item.index] for item in remaining if item.index in failures]
 
 
 def _write_here(

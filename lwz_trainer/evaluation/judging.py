@@ -150,11 +150,11 @@ def judge_all(
             open_calls.append(call)
         else:
             judgments[call.key] = known
-    failures: list[str] = []
+    failures: dict[tuple[str, int, str], str] = {}
     on_progress(len(judgments), len(calls))
     for call, outcome in judge.ask(open_calls):
         if isinstance(outcome, EndpointError):
-            failures.append(f"{call.system}, index {call.index}, {call.part}: {outcome}")
+            failures[call.key] = f"{call.system}, index {call.index}, {call.part}: {outcome}"
         else:
             system, index, part = call.key
             journal.append(
@@ -168,7 +168,8 @@ def judge_all(
             )
             judgments[call.key] = outcome
         on_progress(len(judgments) + len(failures), len(calls))
-    return JudgingResult(judgments, failures)
+    in_order = [failures[call.key] for call in open_calls if call.key in failures]
+    return JudgingResult(judgments, in_order)
 
 
 def quality_call(system: str, item: Item, answer: str) -> JudgeCall:
