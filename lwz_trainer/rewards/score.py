@@ -2,7 +2,6 @@
 
 import logging
 import math
-import threading
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -17,13 +16,12 @@ from lwz_trainer.rewards.answer import Answer, SourceScores
 from lwz_trainer.rewards.length import length_reward
 from lwz_trainer.rewards.overlong import overlong_reward
 from lwz_trainer.rewards.redundancy import Redundancy, embedding_redundancy, shingle_redundancy
+from lwz_trainer.rewards.shared_source import Asker, SharedSource
 from lwz_trainer.rewards.structure import Completion, parse_completion
 from lwz_trainer.rewards.text import Span, count_words
 
 if TYPE_CHECKING:
     import torch
-
-    from lwz_trainer.rewards.sources import RewardSource
 
 __all__ = [
     "RewardParts",
@@ -111,14 +109,13 @@ class Scorer:
         self.config = config
         self.max_completion_tokens = max_completion_tokens
         self.kind: Literal["think", "direct"] = kind
-        self.sources: dict[str, tuple[RewardSource, threading.Lock]] = {}
-        """Beside each the lock of those who ask it: groups may be scored by several threads."""
+        self.sources: dict[str, SharedSource] = {}
         # Models and servers bring in libraries that a run without them does not wait for.
         if config.sourced:
             from lwz_trainer.rewards.sources import make_source
 
             self.sources = {
-                name: (make_source(_section(name), source, device, cache_path), threading.Lock())
+                name: SharedSource(make_source(_section(name), source, device, cache_path))
                 for name, source in config.sourced.items()
             }
         self.encode: Callable[[list[str]], np.ndarray] | None = None
@@ -127,8 +124,18 @@ class Scorer:
 
             self.encode = encoder.SentenceEncoder(config.format.encoder, device)
 
-    def score_samples(self, samples: list[RewardSample]) -> list[RewardParts]:
-        """Scores all samples, in order; only a comparison depends on the others."""
+    def score_samples(
+        self, samples: list[RewardSample], asker: Asker | None = None
+    ) -> list[RewardParts]:
+        """Scores all samples, in order; only a comparison depends on the others.
+
+        Args:
+            samples: of one group or of several.
+            asker: to be given up when it takes too long; None: it is waited for.
+        Raises:
+            GivenUpError: it was.
+        """
+        asker = asker or Asker()
         completions = [_parse(sample, self.config, self.kind) for sample in samples]
         answers = [
             Answer(
@@ -141,7 +148,7 @@ class Scorer:
             )
             for sample, completion in zip(samples, completions, strict=True)
         ]
-        sourced = {name: self._ask(name, answers) for name in self.sources}
+        sourced = {name: self._ask(name, answers, asker) for name in self.sources}
         return [
             self._parts(sample, completions[index], sourced, index)
             for index, sample in enumerate(samples)
@@ -149,15 +156,17 @@ class Scorer:
 
     def close(self) -> None:
         """Ends connections to servers."""
-        for source, lock in self.sources.values():
-            with lock:
-                source.close()
+        for source in self.sources.values():
+            source.close()
 
-    def _ask(self, name: str, answers: list[Answer]) -> SourceScores:
+    def give_up(self, asker: Asker) -> None:
+        """Other threads no longer wait for what this one asks."""
+        for source in self.sources.values():
+            source.give_up(asker)
+
+    def _ask(self, name: str, answers: list[Answer], asker: Asker) -> SourceScores:
         """The scores of one source; what failed is in the log."""
-        source, lock = self.sources[name]
-        with lock:
-            scores = source.score(answers)
+        scores = self.sources[name].score(answers, asker)
         for reason, count in Counter(scores.failures).items():
             _logger.warning("reward '%s' failed for %d completions: %s", name, count, reason)
         return scores

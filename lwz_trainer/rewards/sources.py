@@ -4,12 +4,13 @@ A score that cannot be had is NaN with a reason, never a number. A source keeps 
 (a model, connections) and is asked by one thread at a time.
 """
 
+import copy
 import importlib
 import math
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Self
 
 from lwz_trainer.config.rewards import WritingRewardConfig
 from lwz_trainer.endpoint import (
@@ -23,19 +24,12 @@ from lwz_trainer.endpoint import (
 from lwz_trainer.errors import UserError
 from lwz_trainer.rewards.answer import Answer, SourceScores
 from lwz_trainer.rewards.judges import ScoreCall, judge_calls
+from lwz_trainer.rewards.shared_source import RewardSource
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["RewardSource", "make_source"]
-
-
-class RewardSource(Protocol):
-    """Scores answers."""
-
-    def score(self, answers: Sequence[Answer]) -> SourceScores: ...
-
-    def close(self) -> None: ...
+__all__ = ["make_source"]
 
 
 def make_source(
@@ -81,6 +75,10 @@ class _ModelSource:
             result.scores, result.failures, [True] * len(answers), result.is_truncated
         )
 
+    def renewed(self) -> Self:
+        """The same: there is memory for one."""
+        return self
+
     def close(self) -> None:
         """Nothing is open."""
 
@@ -119,6 +117,10 @@ class _FunctionSource:
             failures = [f"{self._path} gave no finite score" for s in scores if math.isnan(s)]
         every = [True] * len(answers)
         return SourceScores(scores, failures, every, [False] * len(answers))
+
+    def renewed(self) -> Self:
+        """The same: a call that hangs does not keep others from calling."""
+        return self
 
     def close(self) -> None:
         """Nothing is open."""
@@ -167,6 +169,12 @@ class _EndpointSource:
             [call.is_applicable for call in calls],
             [call.is_truncated for call in calls],
         )
+
+    def renewed(self) -> Self:
+        """One with connections of its own."""
+        other = copy.copy(self)
+        other._endpoint = None
+        return other
 
     def close(self) -> None:
         """Ends the connections; the next score opens new ones."""

@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -20,6 +20,7 @@ import torch
 
 from lwz_trainer.config.train import TrainConfig
 from lwz_trainer.rewards.score import RewardParts, RewardSample, Scorer, failed_parts
+from lwz_trainer.rewards.shared_source import Asker
 from lwz_trainer.timeline import Timeline
 from lwz_trainer.train.scorer_process import SampleScorer, ScorerError, ScorerProcess
 
@@ -148,12 +149,10 @@ class _Task:
 
     number: int
     samples: list[RewardSample]
-    began_s: float | None = None
-    """When a worker took it."""
+    asker: Asker = field(default_factory=Asker)
+    """Starts when a worker takes it; given up when it takes too long."""
     parts: list[RewardParts] | None = None
     failure: str = ""
-    is_given_up: bool = False
-    """It took too long."""
     is_forgotten: bool = False
     """Nobody waits for it."""
 
@@ -247,14 +246,15 @@ class RewardPool:
             if task.is_forgotten:
                 continue
             failure, parts = "", None
+            began_s = time.perf_counter()
             try:
                 if self._in_process and process is None:
                     process = ScorerProcess(self._make_scorer)
-                task.began_s = time.perf_counter()
+                task.asker.start()
                 if process is not None:
                     parts = process.score(task.samples, self._timeout_s)
                 elif self._scorer is not None:
-                    parts = self._scorer.score_samples(task.samples)
+                    parts = self._scorer.score_samples(task.samples, task.asker)
                 failure = self._what_is_wrong(parts, len(task.samples))
             except ScorerError as error:
                 failure = str(error).splitlines()[0]
@@ -265,9 +265,9 @@ class RewardPool:
                     process = None
             ended_s = time.perf_counter()
             details = {"group": task.number, "completions": len(task.samples)}
-            self._timeline.add(track, "score", task.began_s or ended_s, ended_s, **details)
+            self._timeline.add(track, "score", began_s, ended_s, **details)
             with self._changed:
-                if task.is_given_up:  # another worker has taken this one's place
+                if task.asker.is_given_up:  # another worker has taken this one's place
                     break
                 task.parts, task.failure = (None, failure) if failure else (parts, "")
                 self._changed.notify_all()
@@ -275,12 +275,14 @@ class RewardPool:
             process.kill()
 
     def _give_up_late_ones(self) -> None:
-        """A process is killed by its own thread; a thread that hangs is replaced."""
+        """A process is killed by its own thread; a thread that hangs is replaced, and so is the
+        source that it holds."""
         limit_s = self._timeout_s if not self._in_process else 2 * self._timeout_s
-        now_s = time.perf_counter()
         for task in self._tasks:
-            if not task.is_over and now_s - (task.began_s or now_s) > limit_s:
-                task.is_given_up = True
+            if not task.is_over and task.asker.seconds > limit_s:
+                task.asker.is_given_up = True
+                if self._scorer is not None:
+                    self._scorer.give_up(task.asker)
                 task.failure = f"no answer within {self._timeout_s:g} s"
                 self._start_worker(self._num_workers)
                 self._num_workers += 1

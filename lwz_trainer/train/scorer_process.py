@@ -9,6 +9,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from lwz_trainer.rewards.score import RewardParts, RewardSample
+from lwz_trainer.rewards.shared_source import Asker
 
 __all__ = ["SampleScorer", "ScorerError", "ScorerProcess"]
 
@@ -16,7 +17,11 @@ __all__ = ["SampleScorer", "ScorerError", "ScorerProcess"]
 class SampleScorer(Protocol):
     """What scores samples: `rewards.score.Scorer`."""
 
-    def score_samples(self, samples: list[RewardSample]) -> list[RewardParts]: ...
+    def score_samples(
+        self, samples: list[RewardSample], asker: Asker | None = None
+    ) -> list[RewardParts]: ...
+
+    def give_up(self, asker: Asker) -> None: ...
 
     def close(self) -> None: ...
 

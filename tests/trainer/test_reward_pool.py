@@ -11,6 +11,7 @@ import pytest
 
 from lwz_trainer.__main__ import main
 from lwz_trainer.rewards.score import RewardParts, RewardSample, Scorer, failed_parts
+from lwz_trainer.rewards.shared_source import Asker
 from lwz_trainer.timeline import Timeline
 from lwz_trainer.train import reward_pool
 from lwz_trainer.train.reward_pool import RewardPool
@@ -30,7 +31,7 @@ def make_pool(**settings: Any) -> RewardPool:
     return RewardPool(
         MoodyScorer,
         partial(failed_parts, config=CONFIG, kind="direct"),
-        {"length", "format"},
+        set(CONFIG.weights),
         Timeline(),
         **(defaults | settings),
     )
@@ -82,6 +83,25 @@ def test_pool_turns_every_failure_into_missing_scores(
     pool.close()
 
 
+def test_pool_does_not_count_the_wait_for_a_turn() -> None:
+    pool = make_pool(num_workers=5, timeout_s=0.5)
+    for number in range(5):  # the last waits for 0.8 s
+        pool.submit(number, make_samples("slow"))
+    assert len(pool.drain()) == 5
+    assert pool.num_failures == 0
+    pool.close()
+
+
+def test_pool_goes_on_while_a_source_hangs() -> None:
+    pool = make_pool(num_workers=2, timeout_s=0.3)
+    for number, mood in enumerate(("hang", "well", "hang", "well", "well")):
+        pool.submit(number, make_samples(mood))
+    found = dict(pool.drain())
+    is_missing = {n: math.isnan(parts[0].rewards["writing"]) for n, parts in found.items()}
+    assert is_missing == {0: True, 1: False, 2: True, 3: False, 4: False}
+    pool.close()
+
+
 def test_pool_forgets_what_nobody_waits_for() -> None:
     pool = make_pool()
     for number in range(3):
@@ -117,9 +137,11 @@ def test_train_with_a_pool_is_the_same_run(tmp_path: Path, schedule: str) -> Non
 class SlowScorer(Scorer):
     """As long as a server would take."""
 
-    def score_samples(self, samples: list[RewardSample]) -> list[RewardParts]:
+    def score_samples(
+        self, samples: list[RewardSample], asker: Asker | None = None
+    ) -> list[RewardParts]:
         time.sleep(0.3)
-        return super().score_samples(samples)
+        return super().score_samples(samples, asker)
 
 
 def test_trace_shows_rewards_beside_the_decode(
@@ -146,11 +168,13 @@ class HalfFailingScorer(Scorer):
 
     calls = 0
 
-    def score_samples(self, samples: list[RewardSample]) -> list[RewardParts]:
+    def score_samples(
+        self, samples: list[RewardSample], asker: Asker | None = None
+    ) -> list[RewardParts]:
         type(self).calls += 1
         if type(self).calls % 2:
             raise OSError("the server is gone")
-        return super().score_samples(samples)
+        return super().score_samples(samples, asker)
 
 
 def test_train_goes_on_with_failures_up_to_the_limit(

@@ -124,7 +124,7 @@ def test_scorer_writing_reads_the_answer_and_not_the_thinking(
     assert [part.is_truncated_for_writing for part in parts] == [False, False, False, True]
 
     with torch.no_grad():
-        scorer.sources["writing"][0].reward.model.score.weight.fill_(math.nan)
+        scorer.sources["writing"].source.reward.model.score.weight.fill_(math.nan)
     with caplog.at_level(logging.WARNING):
         parts = scorer.score_samples(samples)
     assert all(math.isnan(part.rewards["writing"]) for part in parts)

@@ -3,6 +3,8 @@
 import json
 import logging
 import math
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from lwz_trainer.rewards.answer import Answer
 from lwz_trainer.rewards.encoding import AnswerEncoder
 from lwz_trainer.rewards.parking import ParkedModel
 from lwz_trainer.rewards.score import RewardSample, Scorer
-from lwz_trainer.rewards.sources import RewardSource, make_source
+from lwz_trainer.rewards.shared_source import RewardSource
+from lwz_trainer.rewards.sources import make_source
 from tests.trainer.fault_server import FaultServer, Hang, Reply, Reset, chat_reply, user_text
 from tests.trainer.tiny import make_tiny_tokenizer
 
@@ -226,6 +229,24 @@ def test_a_dead_server_is_left_alone() -> None:
         assert all(map(math.isnan, scores.scores))
         assert len(scores.failures) == 30
     assert "is down" in again.failures[0]
+
+
+def test_renewed_source_does_not_wait_for_a_server_that_hangs() -> None:
+    def answer(body: dict[str, Any], number: int) -> Any:
+        return Hang(1.0) if number == 0 else raw_reply("classify", 2.0)
+
+    with FaultServer(answer) as server:
+        source = source_for(server, "classify")
+        hanging = threading.Thread(target=source.score, args=(ANSWERS[:1],))
+        hanging.start()
+        while not server.bodies:
+            time.sleep(0.01)
+        other = source.renewed()
+        assert other.score(ANSWERS[1:]).scores == [2.0, 2.0]
+        assert hanging.is_alive()
+        hanging.join()
+        for opened in (source, other):
+            opened.close()
 
 
 def test_answers_of_servers_are_paid_for_once(tmp_path: Path) -> None:

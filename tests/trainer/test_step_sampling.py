@@ -12,6 +12,7 @@ from lwz_trainer.config.rewards import OverlongRewardConfig, RewardsConfig
 from lwz_trainer.data.prompts import replacement_index
 from lwz_trainer.rewards.overlong import overlong_reward
 from lwz_trainer.rewards.score import RewardParts, RewardSample, Scorer
+from lwz_trainer.rewards.shared_source import Asker
 from lwz_trainer.train import reward_pool
 from tests.trainer.test_interleave import MIXED
 from tests.trainer.test_train import assert_same_runs
@@ -28,8 +29,10 @@ class LevelScorer(Scorer):
     def is_level(self, sample: RewardSample) -> bool:
         return int(sample.prompt.split()[1]) % 2 == 0
 
-    def score_samples(self, samples: list[RewardSample]) -> list[RewardParts]:
-        parts = super().score_samples(samples)
+    def score_samples(
+        self, samples: list[RewardSample], asker: Asker | None = None
+    ) -> list[RewardParts]:
+        parts = super().score_samples(samples, asker)
         for sample, part in zip(samples, parts, strict=True):
             value = 0.5 if self.is_level(sample) else float(len(sample.completion))
             part.rewards.update(dict.fromkeys(part.rewards, value))
