@@ -254,12 +254,15 @@ class RewardPoolConfig:
     own copy, can be killed when it hangs, and suits models on the CPU."""
     timeout_s: float = 600.0
     """A group without scores after this long has failed: its scores are missing."""
+    start_timeout_s: float = 600.0
+    """A run whose worker processes have not loaded their models after this long does not begin."""
 
     def __post_init__(self) -> None:
         if self.workers < 0:
             raise UserError(f"rewards.pool.workers must be at least 0, got {self.workers}")
-        if not self.timeout_s > 0:
-            raise UserError(f"rewards.pool.timeout_s must be above 0, got {self.timeout_s}")
+        for name in ("timeout_s", "start_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"rewards.pool.{name} must be above 0, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

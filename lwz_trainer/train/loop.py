@@ -70,7 +70,9 @@ class Trainer:
         self._prompts = PromptSet(config, self._tokenizer, self._model.config.max_positions)
         self._references = start_references(config.rewards, self._prompts.prompts)
         self._timeline = Timeline(ranks.rank)
-        self._scoring = make_scoring(config, self._prompts.kind, ranks.device, self._timeline)
+        self._scoring = make_scoring(
+            config, self._prompts.kind, ranks.device, self._timeline, lambda: stop.is_set
+        )
         self._engine = make_engine(
             self._model, self._tokenizer, self._model_dir, config.rollout, ranks
         )

@@ -19,10 +19,16 @@ from typing import Any, Literal, Protocol
 import torch
 
 from lwz_trainer.config.train import TrainConfig
+from lwz_trainer.errors import UserError
 from lwz_trainer.rewards.score import RewardParts, RewardSample, Scorer, failed_parts
 from lwz_trainer.rewards.shared_source import Asker
 from lwz_trainer.timeline import Timeline
-from lwz_trainer.train.scorer_process import SampleScorer, ScorerError, ScorerProcess
+from lwz_trainer.train.scorer_process import (
+    SampleScorer,
+    ScorerError,
+    ScorerProcess,
+    start_processes,
+)
 
 __all__ = ["InlineScoring", "RewardPool", "Scoring", "make_scoring"]
 
@@ -44,7 +50,7 @@ class Scoring(Protocol):
         ...
 
     def drain(self) -> Scored:
-        """Everything else that was submitted; waits for it."""
+        """Everything else that was submitted; waits for it, unless the run is asked to stop."""
         ...
 
     def forget(self) -> None:
@@ -55,7 +61,11 @@ class Scoring(Protocol):
 
 
 def make_scoring(
-    config: TrainConfig, kind: Literal["think", "direct"], device: torch.device, timeline: Timeline
+    config: TrainConfig,
+    kind: Literal["think", "direct"],
+    device: torch.device,
+    timeline: Timeline,
+    should_stop: Callable[[], bool],
 ) -> Scoring:
     """What the configuration asks for.
 
@@ -64,6 +74,10 @@ def make_scoring(
         kind: which form the template asks for.
         device: of reward models in this process; those of worker processes run on the CPU.
         timeline: notes when.
+        should_stop: workers are waited for no longer.
+
+    Raises:
+        UserError: a model, function or key is not there, or a worker process does not start.
     """
     pool, limit = config.rewards.pool, config.rollout.max_completion_tokens
     cache_path = Path(config.output_dir) / "reward_answers.sqlite"
@@ -80,6 +94,8 @@ def make_scoring(
         num_workers=pool.workers,
         in_process=in_process,
         timeout_s=pool.timeout_s,
+        start_timeout_s=pool.start_timeout_s,
+        should_stop=should_stop,
     )
 
 
@@ -172,6 +188,11 @@ class RewardPool:
         num_workers: at least 1.
         in_process: processes instead of threads.
         timeout_s: a group without scores after this long has failed.
+        start_timeout_s: a process that has not made its scorer after this long has failed.
+        should_stop: nobody waits any longer for what is not scored.
+
+    Raises:
+        UserError: a process did not start.
     """
 
     def __init__(
@@ -184,6 +205,8 @@ class RewardPool:
         num_workers: int,
         in_process: bool,
         timeout_s: float,
+        start_timeout_s: float,
+        should_stop: Callable[[], bool],
     ) -> None:
         self.num_failures = 0
         self._make_scorer = make_scorer
@@ -192,13 +215,22 @@ class RewardPool:
         self._timeline = timeline
         self._in_process = in_process
         self._timeout_s = timeout_s
+        self._start_timeout_s = start_timeout_s
+        self._should_stop = should_stop
         self._scorer = None if in_process else make_scorer()
         self._queue: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._tasks: list[_Task] = []
         self._changed = threading.Condition()
         self._num_workers = num_workers
+        processes: list[ScorerProcess] = []
+        if in_process:
+            try:
+                processes = self._start_processes(num_workers)
+            except ScorerError as error:
+                if not should_stop():
+                    raise UserError(str(error).splitlines()[0]) from error
         for index in range(num_workers):
-            self._start_worker(index)
+            self._start_worker(index, processes.pop() if processes else None)
 
     def submit(self, number: int, samples: list[RewardSample]) -> None:
         """Hands a group to the next free worker."""
@@ -215,9 +247,9 @@ class RewardPool:
         return [(task.number, self._parts_of(task)) for task in ended]
 
     def drain(self) -> Scored:
-        """Waits for everything that was submitted."""
+        """Waits for everything that was submitted, unless the run is asked to stop."""
         found = self.completed()
-        while self._tasks:
+        while self._tasks and not self._should_stop():
             with self._changed:
                 self._changed.wait(timeout=min(0.05, self._timeout_s))
             found += self.completed()
@@ -235,13 +267,21 @@ class RewardPool:
         for _ in range(self._num_workers):
             self._queue.put(None)
 
-    def _start_worker(self, index: int) -> None:
-        name = f"reward {index}"  # also its track
-        threading.Thread(target=self._work, args=(name,), name=name, daemon=True).start()
+    def _start_processes(self, count: int) -> list[ScorerProcess]:
+        return start_processes(
+            self._make_scorer,
+            count,
+            timeout_s=self._start_timeout_s,
+            should_stop=self._should_stop,
+        )
 
-    def _work(self, track: str) -> None:
-        """A worker's thread; it holds the process, where there is one."""
-        process: ScorerProcess | None = None
+    def _start_worker(self, index: int, process: ScorerProcess | None = None) -> None:
+        name = f"reward {index}"  # also its track
+        arguments = (name, process)
+        threading.Thread(target=self._work, args=arguments, name=name, daemon=True).start()
+
+    def _work(self, track: str, process: ScorerProcess | None) -> None:
+        """A worker's thread; it holds the process, where there is one, and starts the next."""
         while (task := self._queue.get()) is not None:
             if task.is_forgotten:
                 continue
@@ -249,7 +289,7 @@ class RewardPool:
             began_s = time.perf_counter()
             try:
                 if self._in_process and process is None:
-                    process = ScorerProcess(self._make_scorer)
+                    (process,) = self._start_processes(1)
                 task.asker.start()
                 if process is not None:
                     parts = process.score(task.samples, self._timeout_s)

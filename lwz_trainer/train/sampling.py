@@ -93,6 +93,8 @@ class StepSampler:
         self._found = StepSamples()
         self._ended: dict[int, EndedGroup] = {}
         """Ended and not judged yet, by group number."""
+        self._scored: dict[int, list[RewardParts]] = {}
+        """Scores of this rank's members of groups that lie on several ranks."""
         self._alike: list[EndedGroup] = []
         """Without spread, to be replaced in the next round."""
 
@@ -184,8 +186,13 @@ class StepSampler:
             take(self._exchange(drawn, prompts))
         self._found.stats.append(stats)
         self._found.num_dropped += len(prompts) - num_ended
+        scored = self._timed(self._scoring.drain)
+        if len(scored) < len(self._ended):
+            return False  # asked to stop before all were scored
         if self._has_whole_groups:
-            self._judge(self._timed(self._scoring.drain), can_replace, hooks)
+            self._judge(scored, can_replace, hooks)
+        else:
+            self._scored = dict(scored)
         return True
 
     def _shared_work(self, own: list[GroupPrompt], step: int) -> SharedWork | None:
@@ -245,7 +252,7 @@ class StepSampler:
 
     def _judge_shared_groups(self, hooks: StepHooks) -> None:
         """Advantages of groups whose members are spread over ranks; all ranks call it together."""
-        own = dict(self._timed(self._scoring.drain))
+        own = self._scored
         members = [
             (sample.sample, part)
             for number, parts in own.items()

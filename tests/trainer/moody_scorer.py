@@ -5,11 +5,12 @@ import time
 from collections.abc import Sequence
 
 from lwz_trainer.config.rewards import LengthRewardConfig, RewardsConfig, WritingRewardConfig
+from lwz_trainer.errors import UserError
 from lwz_trainer.rewards.answer import Answer
 from lwz_trainer.rewards.score import RewardParts, RewardSample, Scorer
 from lwz_trainer.rewards.shared_source import Asker
 
-__all__ = ["CONFIG", "MoodyScorer", "mood_of_source"]
+__all__ = ["CONFIG", "MoodyScorer", "SlowToStart", "WithoutModel", "mood_of_source"]
 
 CONFIG = RewardsConfig(
     length=LengthRewardConfig(n_max=400),
@@ -53,3 +54,17 @@ class MoodyScorer(Scorer):
         if mood == "other rewards":
             parts[0].rewards["style"] = 0.7
         return parts
+
+
+class WithoutModel(Scorer):
+    """Cannot be made."""
+
+    def __init__(self) -> None:
+        raise UserError("rewards.writing.model: there is none")
+
+
+class SlowToStart(Scorer):
+    """Is never ready."""
+
+    def __init__(self) -> None:
+        time.sleep(60)

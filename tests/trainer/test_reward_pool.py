@@ -1,8 +1,11 @@
 """Workers that score: what they answer, and that no failure of theirs becomes a reward."""
 
 import math
+import multiprocessing
+import signal
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,12 +13,13 @@ from typing import Any
 import pytest
 
 from lwz_trainer.__main__ import main
+from lwz_trainer.errors import UserError
 from lwz_trainer.rewards.score import RewardParts, RewardSample, Scorer, failed_parts
 from lwz_trainer.rewards.shared_source import Asker
 from lwz_trainer.timeline import Timeline
 from lwz_trainer.train import reward_pool
 from lwz_trainer.train.reward_pool import RewardPool
-from tests.trainer.moody_scorer import CONFIG, MoodyScorer
+from tests.trainer.moody_scorer import CONFIG, MoodyScorer, SlowToStart, WithoutModel
 from tests.trainer.test_interleave import MIXED, spans_of
 from tests.trainer.test_train import assert_same_runs
 from tests.trainer.train_case import make_run_args, read_metrics
@@ -26,10 +30,16 @@ def make_samples(mood: str) -> list[RewardSample]:
     return [RewardSample(mood, (5, 20), "<answer>" + text, True) for text in texts]
 
 
-def make_pool(**settings: Any) -> RewardPool:
-    defaults: dict[str, Any] = {"num_workers": 1, "in_process": False, "timeout_s": 20.0}
+def make_pool(make_scorer: Callable[[], Scorer] = MoodyScorer, **settings: Any) -> RewardPool:
+    defaults: dict[str, Any] = {
+        "num_workers": 1,
+        "in_process": False,
+        "timeout_s": 20.0,
+        "start_timeout_s": 60.0,
+        "should_stop": lambda: False,
+    }
     return RewardPool(
-        MoodyScorer,
+        make_scorer,
         partial(failed_parts, config=CONFIG, kind="direct"),
         set(CONFIG.weights),
         Timeline(),
@@ -62,13 +72,13 @@ def test_pool_gives_the_scores_of_the_scorer(in_process: bool) -> None:
         ("raise", True, "ValueError: no such endpoint"),
         ("garbage", True, "expected 2 scores, got '0.7'"),
         ("die", True, "EOFError: the worker died (exit code 7)"),
-        ("hang", True, "TimeoutError: no answer within 3 s"),
+        ("hang", True, "TimeoutError: no answer within 1 s"),
     ],
 )
 def test_pool_turns_every_failure_into_missing_scores(
     caplog: pytest.LogCaptureFixture, mood: str, in_process: bool, reason: str
 ) -> None:
-    pool = make_pool(in_process=in_process, timeout_s=3.0 if in_process else 0.5)
+    pool = make_pool(in_process=in_process, timeout_s=1.0 if in_process else 0.5)
     for number, name in enumerate(("well", mood, "well")):
         pool.submit(number, make_samples(name))
     found = dict(pool.drain())
@@ -109,6 +119,30 @@ def test_pool_forgets_what_nobody_waits_for() -> None:
     pool.forget()
     pool.submit(7, make_samples("well"))
     assert [number for number, _ in pool.drain()] == [7]
+    pool.close()
+
+
+def test_pool_waits_no_longer_when_the_run_is_to_stop() -> None:
+    is_stopped = threading.Event()
+    pool = make_pool(num_workers=2, should_stop=is_stopped.is_set)
+    pool.submit(0, make_samples("well"))
+    pool.submit(1, make_samples("hang"))
+    threading.Timer(0.3, is_stopped.set).start()
+    assert [number for number, _ in pool.drain()] == [0]
+    pool.close()
+
+
+def test_processes_that_cannot_score_are_found_before_the_run() -> None:
+    with pytest.raises(UserError, match=r"^rewards\.writing\.model: there is none$"):
+        make_pool(WithoutModel, in_process=True)
+    assert multiprocessing.active_children() == []
+
+
+def test_processes_are_not_waited_for_without_end() -> None:
+    with pytest.raises(UserError, match=r"a reward worker was not ready within 0\.2 s"):
+        make_pool(SlowToStart, in_process=True, num_workers=2, start_timeout_s=0.2)
+    pool = make_pool(SlowToStart, in_process=True, should_stop=lambda: True)
+    assert multiprocessing.active_children() == []
     pool.close()
 
 
@@ -193,3 +227,30 @@ def test_train_goes_on_with_failures_up_to_the_limit(
     assert main(make_run_args(tmp_path, "stopped", **settings)) == 2
     assert "failed for 50% of 12 completions (limit 40%)" in capsys.readouterr().err
     assert not (tmp_path / "stopped" / "metrics.jsonl").exists()
+
+
+class SignallingScorer(Scorer):
+    """Is waited for when the run is asked to stop; the second step never ends."""
+
+    calls = 0
+
+    def score_samples(
+        self, samples: list[RewardSample], asker: Asker | None = None
+    ) -> list[RewardParts]:
+        type(self).calls += 1
+        if type(self).calls > 4:
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(60)
+        return super().score_samples(samples, asker)
+
+
+def test_train_stops_while_it_waits_for_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(reward_pool, "Scorer", SignallingScorer)
+    settings = MIXED | {"num_steps": 2, "rewards.pool.workers": 1, "rewards.pool.timeout_s": 50}
+    began_s = time.monotonic()
+    assert main(make_run_args(tmp_path, **settings)) == 0
+    assert time.monotonic() - began_s < 30
+    assert "stopped by SIGTERM after step 1" in capsys.readouterr().out
+    assert len(read_metrics(tmp_path / "run")) == 1
