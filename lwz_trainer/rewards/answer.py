@@ -16,6 +16,7 @@ class Answer:
         length_range: fewest and most words asked for; None if the request does not say.
         checklist: points that come with the request.
         reference: an answer of the data set that this one is compared with; "" for none.
+        group: number of the group; answers to one prompt belong together where it is the same.
     """
 
     prompt: str
@@ -24,6 +25,7 @@ class Answer:
     length_range: tuple[int, int] | None = None
     checklist: tuple[str, ...] = ()
     reference: str = ""
+    group: int = 0
 
 
 @dataclass(frozen=True)

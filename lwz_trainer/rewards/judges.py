@@ -81,17 +81,18 @@ def _pairwise_calls(answers: Sequence[Answer]) -> list[ScoreCall]:
     The draw is a function of the texts, so a resumed run makes the same. A group without two
     written answers has no comparison.
     """
-    written: dict[str, list[str]] = {}
+    written: dict[tuple[int, str], list[str]] = {}
     for answer in answers:
         if answer.text:
-            written.setdefault(answer.prompt, []).append(answer.text)
-    drawn: dict[str, str] = {}
-    for prompt, texts in written.items():
+            written.setdefault((answer.group, answer.prompt), []).append(answer.text)
+    drawn: dict[tuple[int, str], str] = {}
+    for (group, prompt), texts in written.items():
         if len(texts) > 1:
-            drawn[prompt] = sorted(texts)[_number_of(prompt, *sorted(texts)) % len(texts)]
+            number = _number_of(prompt, *sorted(texts))
+            drawn[group, prompt] = sorted(texts)[number % len(texts)]
     calls = []
     for answer in answers:
-        rival = drawn.get(answer.prompt)
+        rival = drawn.get((answer.group, answer.prompt))
         if rival is None:
             calls.append(ScoreCall(None, is_applicable=False))
         elif not answer.text:

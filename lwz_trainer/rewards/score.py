@@ -47,6 +47,7 @@ class RewardSample:
         num_tokens: length of what the model wrote, which the overlong penalty reads.
         checklist: points that come with the request.
         reference: an answer that this one is compared with; "" for none.
+        group: number of the group in the step, which may hold the same prompt twice.
     """
 
     prompt: str
@@ -56,6 +57,7 @@ class RewardSample:
     num_tokens: int = 0
     checklist: tuple[str, ...] = ()
     reference: str = ""
+    group: int = 0
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ class Scorer:
                 length_range=sample.length_range,
                 checklist=sample.checklist,
                 reference=sample.reference,
+                group=sample.group,
             )
             for sample, completion in zip(samples, completions, strict=True)
         ]

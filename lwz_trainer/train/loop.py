@@ -331,6 +331,7 @@ class Trainer:
             ("update.schedule interleaved", self._config.update.is_interleaved),
             ("rollout.max_replacements", rollout.max_replacements > 0),
             ("rollout.enough_groups_frac", rollout.enough_groups_frac < 1),
+            ("the reward source pairwise", bool(self._config.rewards.relative)),
         ):
             if is_set:
                 raise UserError(

@@ -230,6 +230,7 @@ class StepSampler:
                 num_tokens=len(sample.completion_ids),
                 checklist=prompt.checklist,
                 reference=self._references.current(prompt.prompt),
+                group=group.number,
             )
             for sample in group.samples
         ]

@@ -11,10 +11,16 @@ import torch
 from lwz_trainer.__main__ import main
 from lwz_trainer.config.loss import LossConfig
 from lwz_trainer.config.model import ModelSection
+from lwz_trainer.config.reading import parse_command_line
 from lwz_trainer.config.sections import OptimConfig, UpdateConfig
+from lwz_trainer.config.train import TrainConfig
+from lwz_trainer.errors import UserError
+from lwz_trainer.parallel import Ranks
 from lwz_trainer.rewards.advantages import group_advantages
 from lwz_trainer.train.groups import EndedGroup, ScoredGroup
 from lwz_trainer.train.interleave import Interleaver
+from lwz_trainer.train.loop import Trainer
+from lwz_trainer.train.signals import StopSignal
 from lwz_trainer.update.optimizer import FlatAdamW
 from lwz_trainer.update.policy_update import PolicyUpdate
 from tests.trainer.rollout_case import load_tiny, make_engine, make_requests, sample_all
@@ -107,12 +113,29 @@ def test_interleaved_on_two_ranks_follows_the_same_curve(tmp_path: Path) -> None
             assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), (key, one["step"])
 
 
-@pytest.mark.dist
-def test_interleaved_refuses_groups_that_span_ranks(tmp_path: Path) -> None:
-    settings = {"data.prompts_per_step": 1, "update.schedule": "interleaved"}
-    result = run_cli(make_run_args(tmp_path, **settings), processes=2)
-    assert result.returncode != 0
-    assert "update.schedule interleaved needs whole groups on every rank" in result.stderr
+PAIRWISE = {
+    "weight": 1,
+    "source": "pairwise",
+    "endpoint.base_url": "http://x",
+    "endpoint.model": "m",
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"update.schedule": "interleaved"}, "update.schedule interleaved"),
+        ({f"rewards.writing.{k}": v for k, v in PAIRWISE.items()}, "the reward source pairwise"),
+    ],
+)
+def test_train_refuses_groups_that_span_ranks(
+    tmp_path: Path, settings: dict[str, Any], name: str
+) -> None:
+    arguments = make_run_args(tmp_path, **settings, **{"data.prompts_per_step": 1})
+    config = parse_command_line(TrainConfig, arguments[1:], prog="train")
+    ranks = Ranks(0, 2, torch.device("cpu"), None)
+    with pytest.raises(UserError, match=f"{name} needs whole groups on every rank"):
+        Trainer(config, ranks, StopSignal())
 
 
 def scored_groups(model: Any, tokenizer: Any) -> list[ScoredGroup]:

@@ -138,6 +138,16 @@ def test_pairwise_compares_with_one_of_the_group() -> None:
     assert again.scores[::-1] == result.scores[:-1]
 
 
+def test_pairwise_does_not_mix_groups_of_one_prompt() -> None:
+    texts = (["a" * k for k in (1, 2, 3)], ["a" * k for k in (4, 5, 6)])
+    answers = [[Answer("Write.", text, group=n) for text in texts[n]] for n in (0, 1)]
+    with FaultServer(judge_by(len)) as server:
+        together = source_for(server, "pairwise").score(answers[0] + answers[1])
+        apart = [source_for(server, "pairwise").score(group) for group in answers]
+    assert together.scores == apart[0].scores + apart[1].scores
+    assert [scores.scores.count(0) for scores in apart] == [1, 1]
+
+
 def test_pairwise_lets_no_place_win() -> None:
     answers = [Answer(f"prompt {n}", "a" * k) for n in range(40) for k in (1, 2)]
     with FaultServer(lambda body, number: chat_reply('{"winner": "A"}')) as server:

@@ -15,6 +15,10 @@ from tests.trainer.train_case import make_run_args, read_metrics
 FUNCTION = """
 def vowels(answers):
     return [sum(letter in "aeiou" for letter in answer.text) for answer in answers]
+
+
+def group(answers):
+    return [answer.group for answer in answers]
 """
 
 
@@ -38,6 +42,7 @@ def write_config(tmp_path: Path, base_url: str) -> Path:
         f"  writing: {{weight: 1, source: judge, criteria: [wit, form], endpoint: {endpoint}}}\n"
         "  others:\n"
         "    vowels: {weight: 0.5, source: function, function: 'lwz_vowels:vowels'}\n"
+        "    group: {weight: 0.1, source: function, function: 'lwz_vowels:group'}\n"
         f"    rivals: {{weight: 1, source: references, endpoint: {endpoint}}}\n"
         "  constraints: {rewards: [format], minimum: 0.9, gap: 0.05}\n"
     )
@@ -86,6 +91,7 @@ def test_train_with_rewards_from_servers_and_functions_resumes_bit_for_bit(
         ).to_pylist()
     ]
     assert {"reward_vowels", "reward_rivals", "reward_writing"} <= samples[0].keys()
+    assert all(row["reward_group"] == row["group"] for row in samples)
     failed = [row for row in samples if row["answer"] and len(row["answer"]) % 8 == 0]
     assert all(row["reward_writing"] != row["reward_writing"] for row in failed)
     assert num_failing <= len(failed)
