@@ -1,5 +1,6 @@
 """Reward models that occupy the device only while they score."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -13,7 +14,7 @@ class ParkedModel:
     """A frozen model whose weights wait in host memory, pinned, between uses.
 
     They never change, so they are copied to the device and never back; the copy is dropped after
-    use, and its memory is the update's.
+    use, and its memory is the update's. Parameters are moved in place, so threads take turns.
 
     Args:
         model: in host memory.
@@ -28,6 +29,7 @@ class ParkedModel:
         to_device: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self._to_device = to_device or (lambda host: host.to(device, non_blocking=True))
+        self._in_use = threading.Lock()
         self._tensors: list[tuple[Tensor, Tensor]] = []
         if device.type == "cpu" and to_device is None:
             return
@@ -39,10 +41,14 @@ class ParkedModel:
     @contextmanager
     def on_device(self) -> Iterator[None]:
         """The model runs on the device within this block."""
-        try:
-            for tensor, host in self._tensors:
-                tensor.data = self._to_device(host)
+        if not self._tensors:
             yield
-        finally:
-            for tensor, host in self._tensors:
-                tensor.data = host
+            return
+        with self._in_use:
+            try:
+                for tensor, host in self._tensors:
+                    tensor.data = self._to_device(host)
+                yield
+            finally:
+                for tensor, host in self._tensors:
+                    tensor.data = host

@@ -386,6 +386,29 @@ def test_parked_model_is_on_the_device_only_while_it_is_used() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_parked_model_is_used_by_one_thread_at_a_time() -> None:
+    model = torch.nn.Linear(2, 2)
+    host = model.weight.data_ptr()
+    parked = ParkedModel(model, torch.device("cpu"), torch.clone)
+    is_inside, found = threading.Event(), []
+
+    def use(hold_s: float) -> None:
+        with parked.on_device():
+            is_inside.set()
+            time.sleep(hold_s)
+            found.append(model.weight.data_ptr() != host)
+
+    first = threading.Thread(target=use, args=(0.1,))
+    first.start()
+    assert is_inside.wait(10)
+    second = threading.Thread(target=use, args=(0.2,))
+    second.start()
+    for thread in (first, second):
+        thread.join(10)
+    assert found == [True, True]
+    assert model.weight.data_ptr() == host
+
+
 @pytest.mark.gpu
 def test_parked_model_leaves_the_gpu() -> None:
     model = torch.nn.Linear(512, 512, bias=False)
