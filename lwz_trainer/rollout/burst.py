@@ -87,7 +87,9 @@ class CudaGraphs:
                 step()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # The default mode, "global", fails when any thread calls cudaMalloc meanwhile: that of an
+        # interleaved update, or one that scores with a reward model. What they do is not recorded.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             step()
         return graph.replay
 
