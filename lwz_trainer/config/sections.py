@@ -149,6 +149,11 @@ class RolloutConfig:
                 f"{self.engine}: use one of them"
             )
 
+    @property
+    def truncates_sampling(self) -> bool:
+        """Whether some tokens are never drawn, so that others are likelier than the policy says."""
+        return self.top_p < 1 or self.top_k > 0
+
 
 @dataclass(frozen=True)
 class UpdateConfig:

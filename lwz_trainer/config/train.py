@@ -73,13 +73,13 @@ class TrainConfig:
                 f"data.prompts_per_step ({self.data.prompts_per_step}) must be a multiple of "
                 f"update.num_minibatches ({self.update.num_minibatches}): whole groups are split"
             )
-        truncated = self.rollout.top_p < 1 or self.rollout.top_k > 0
-        if truncated and self.loss.sampler_correction is not None:
-            raise UserError(
-                "loss.sampler_correction corrects numerical differences; with rollout.top_p or "
-                "top_k the sampler draws from another distribution: set top_p 1 and top_k 0, or "
-                "leave loss.sampler_correction out"
-            )
+        for name in ("sampler_correction", "off_policy_kl_max"):
+            if self.rollout.truncates_sampling and getattr(self.loss, name) is not None:
+                raise UserError(
+                    f"loss.{name} takes what sampler and trainer differ by for an error; with "
+                    "rollout.top_p or top_k they draw from different distributions: set top_p 1 "
+                    f"and top_k 0, or leave loss.{name} out"
+                )
         if self.update.is_interleaved:
             self._refuse_what_waits_for_all_groups()
         if self.parallel.sequence != 1:

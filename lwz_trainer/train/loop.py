@@ -272,7 +272,9 @@ class Trainer:
         metrics |= self._memory.metrics(self._ranks)
         if self._config.rewards.references_reward is not None:
             metrics["reward/reference_level"] = self._references.mean_level
-        metrics["warnings"] = step_warnings(metrics)
+        metrics["warnings"] = step_warnings(
+            metrics, truncates_sampling=self._config.rollout.truncates_sampling
+        )
         return metrics
 
     def _progress(self) -> Progress:

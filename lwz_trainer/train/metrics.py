@@ -94,16 +94,23 @@ def rollout_metrics(found: StepSamples, ranks: Ranks, *, seconds: float) -> dict
     }
 
 
-def step_warnings(metrics: dict[str, float]) -> list[str]:
-    """Signs that a run is not learning, in words."""
-    rules = (
+def step_warnings(metrics: dict[str, float], *, truncates_sampling: bool) -> list[str]:
+    """Signs that a run is not learning, in words.
+
+    Args:
+        metrics: of the step.
+        truncates_sampling: the sampler draws from another distribution than the trainer's.
+    """
+    rules = [
         ("truncated_frac", 0.999, "every completion was truncated: raise max_completion_tokens"),
         ("zero_spread_frac", 0.5, "more than half of the groups have no spread in any reward"),
         ("clip_frac_low", 0.3, "more than 30% of tokens are clipped below"),
         ("clip_frac_high", 0.3, "more than 30% of tokens are clipped above"),
         ("reward/worker_failures", 0, "reward workers failed; see the log for the reasons"),
-        ("sampler/prob_diff_mean", 0.01, "sampler and trainer disagree on probabilities"),
-    )
+    ]
+    if not truncates_sampling:
+        text = "sampler and trainer disagree on probabilities"
+        rules.append(("sampler/prob_diff_mean", 0.01, text))
     found = [text for name, limit, text in rules if metrics.get(name, 0.0) > limit]
     if metrics["distinct_frac"] < 1:
         found.append("some completions of a group are identical")

@@ -67,9 +67,14 @@ def test_sample_metrics_counts_truncation_spread_and_copies() -> None:
 )
 def test_step_warnings_names_what_is_wrong(name: str, value: float, expected: str) -> None:
     healthy = {"truncated_frac": 0.3, "distinct_frac": 1.0, "zero_spread_frac": 0.5}
-    assert step_warnings(healthy) == []
-    (warning,) = step_warnings(healthy | {name: value})
+    assert step_warnings(healthy, truncates_sampling=False) == []
+    (warning,) = step_warnings(healthy | {name: value}, truncates_sampling=False)
     assert expected in warning
+
+
+def test_step_warnings_expects_truncated_sampling_to_differ() -> None:
+    metrics = {"distinct_frac": 1.0, "sampler/prob_diff_mean": 0.3}
+    assert step_warnings(metrics, truncates_sampling=True) == []
 
 
 def test_recorder_sends_finite_numbers_to_trackers(
