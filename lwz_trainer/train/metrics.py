@@ -18,7 +18,7 @@ __all__ = ["peak_memory_gb", "rollout_metrics", "sample_metrics", "step_warnings
 
 
 def sample_metrics(records: list[dict[str, Any]]) -> dict[str, float]:
-    """Means over samples; a reward that failed is left out of its mean."""
+    """Means over samples; a missing reward is left out of its mean."""
 
     def column(name: str) -> np.ndarray:
         return np.array([record[name] for record in records], dtype=np.float64)
@@ -30,7 +30,6 @@ def sample_metrics(records: list[dict[str, Any]]) -> dict[str, float]:
             scored = values[~np.isnan(values)]
             metrics[f"reward/{name}"] = _mean_of_scored(values)
             metrics[f"reward/{name}_std"] = float(scored.std()) if scored.size else math.nan
-            metrics[f"reward/{name}_failed_frac"] = 1 - scored.size / values.size
     structure = column("structure")
     tokens, truncated = column("num_completion_tokens"), column("truncated")
     untruncated = tokens[truncated == 0]
@@ -78,7 +77,8 @@ def rollout_metrics(found: StepSamples, ranks: Ranks, *, seconds: float) -> dict
     (kv_used,) = ranks.max([max(stats.peak_kv_frac for stats in found.stats)])
     decode_steps, decode_rows, decode_bytes, decode_s = sums[7:11]
     bytes_per_s = decode_bytes / decode_s if decode_s else math.nan
-    return {
+    failed = {f"reward/{name}_failed_frac": frac for name, frac in found.failed_frac.items()}
+    return failed | {
         "rollout/tokens_per_s": sums[0] / seconds,
         "rollout/prefill_tokens": sums[1],
         "rollout/preemptions": sums[2],

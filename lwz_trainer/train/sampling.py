@@ -45,6 +45,8 @@ class StepSamples:
     num_failed: dict[str, int] = field(default_factory=dict)
     """Missing scores, by reward; of groups that were replaced too."""
     num_applicable: dict[str, int] = field(default_factory=dict)
+    failed_frac: dict[str, float] = field(default_factory=dict)
+    """Share of missing scores, by reward, over all ranks; 0 where no prompt calls for it."""
 
 
 @dataclass(frozen=True)
@@ -308,8 +310,7 @@ class StepSampler:
             for name in names
         ]
         sums = [int(total) for total in self._ranks.sum(counts)]
-        check_failures(
-            dict(zip(names, sums[: len(names)], strict=True)),
-            dict(zip(names, sums[len(names) :], strict=True)),
-            self._config.rewards.max_failed_frac,
-        )
+        failed = dict(zip(names, sums[: len(names)], strict=True))
+        applicable = dict(zip(names, sums[len(names) :], strict=True))
+        self._found.failed_frac = {name: failed[name] / max(1, applicable[name]) for name in names}
+        check_failures(failed, applicable, self._config.rewards.max_failed_frac)

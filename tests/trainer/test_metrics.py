@@ -37,7 +37,6 @@ def test_sample_metrics_leaves_missing_rewards_out() -> None:
         [make_record(0, 0, reward_length=math.nan), make_record(0, 1, reward_length=0.2)]
     )
     assert metrics["reward/length"] == pytest.approx(0.2)
-    assert metrics["reward/length_failed_frac"] == 0.5
 
 
 def test_sample_metrics_counts_truncation_spread_and_copies() -> None:

@@ -83,6 +83,8 @@ def test_train_with_rewards_from_servers_and_functions_resumes_bit_for_bit(
     both = [read_metrics(tmp_path / name, without_clocks=True) for name in ("whole", "halves")]
     assert both[0] == both[1]
     assert both[0][-1]["reward/reference_level"] > 0
+    assert all(metrics["reward/rivals_failed_frac"] == 0 for metrics in both[0])
+    assert sum(metrics["reward/writing_failed_frac"] for metrics in both[0]) > 0
     samples = [
         row
         for step in range(1, 5)
