@@ -13,6 +13,7 @@ from lwz_trainer.errors import UserError
 __all__ = ["EndpointConfig"]
 
 _OWN_FIELDS = {"model", "messages", "prompt", "input", "stream", "n"}
+_OWN_FIELDS |= {"text_1", "text_2", "task", "use_activation"}  # what a reward model is sent
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class EndpointConfig:
             raise UserError(f"endpoint.max_tokens must be at least 1, got {self.max_tokens}")
         if self.base_url:
             self._check_base_url()
-        self._parsed_extra_body()
+        self.extra_fields()
 
     def sampling_fields(self) -> dict[str, Any]:
         """The fields of a request that say how to sample; unset ones are left out."""
@@ -80,7 +81,7 @@ class EndpointConfig:
         }
         return {
             **{name: value for name, value in fields.items() if value is not None},
-            **self._parsed_extra_body(),
+            **self.extra_fields(),
         }
 
     def _check_base_url(self) -> None:
@@ -96,7 +97,8 @@ class EndpointConfig:
                 "environment variable and name that in endpoint.api_key_env"
             )
 
-    def _parsed_extra_body(self) -> dict[str, Any]:
+    def extra_fields(self) -> dict[str, Any]:
+        """The fields of `extra_body`."""
         if not self.extra_body:
             return {}
         try:

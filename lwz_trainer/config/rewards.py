@@ -171,6 +171,7 @@ class WritingRewardConfig:
             return
         self._check_needs(name)
         self._check_unread(name)
+        self._check_unread_of_server(name)
 
     def _check_needs(self, name: str) -> None:
         if self.source == "model" and not self.model:
@@ -194,6 +195,8 @@ class WritingRewardConfig:
         default = WritingRewardConfig()
         readers: dict[str, tuple[Source, ...]] = {
             "model": ("model", "classify", "pooling"),
+            "batch_size": ("model",),
+            "max_tokens": ("model", "classify", "pooling"),
             "endpoint": (*_JUDGING_SOURCES, "classify", "pooling", "score"),
             "criteria": ("judge",),
             "advance_above": ("references",),
@@ -205,6 +208,23 @@ class WritingRewardConfig:
                 raise UserError(
                     f"{name}.{field_name} is only used with {name}.source {' or '.join(sources)}, "
                     f"got '{self.source}': set that, or remove it"
+                )
+        if self.max_tokens != default.max_tokens and not self.model:
+            raise UserError(
+                f"{name}.max_tokens is counted by the tokenizer of {name}.model, which is empty: "
+                "name the model, or remove max_tokens"
+            )
+
+    def _check_unread_of_server(self, name: str) -> None:
+        """A reward model gives one score, it is not sampled."""
+        if self.source in _JUDGING_SOURCES:
+            return
+        for field_name in ("temperature", "top_p", "max_tokens", "max_answers"):
+            value = getattr(self.endpoint, field_name)
+            if value != getattr(EndpointConfig(), field_name):
+                raise UserError(
+                    f"{name}.endpoint.{field_name} is only used with {name}.source "
+                    f"{' or '.join(_JUDGING_SOURCES)}, got '{self.source}': set that, or remove it"
                 )
 
 

@@ -136,6 +136,7 @@ class Endpoint:
         # Not part of OpenAI's interface: it lies beside the version, not below it.
         url = f"{self._root}/{route}"
         body = {"model": self._config.model, "use_activation": False, **inputs}
+        body |= self._config.extra_fields()
         if route == "pooling":
             body["task"] = "classify"
         return await self._answer(url, body, partial(_raw_score, route), sample=0)

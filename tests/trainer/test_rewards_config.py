@@ -1,4 +1,4 @@
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,22 @@ SERVER = EndpointConfig(base_url="http://localhost:1/v1", model="judge")
         (
             {"weight": 1.0, "source": "judge", "endpoint": SERVER, "model": "rm"},
             "model is only used with .* model or classify or pooling, got 'judge'",
+        ),
+        (
+            {"weight": 1.0, "source": "score", "endpoint": SERVER, "batch_size": 4},
+            "batch_size is only used with .* model, got 'score'",
+        ),
+        (
+            {"weight": 1.0, "source": "judge", "endpoint": SERVER, "max_tokens": 128},
+            "max_tokens is only used with .* model or classify or pooling, got 'judge'",
+        ),
+        (
+            {"weight": 1.0, "source": "classify", "endpoint": SERVER, "max_tokens": 128},
+            "max_tokens is counted by the tokenizer of .*model, which is empty",
+        ),
+        (
+            {"weight": 1.0, "source": "pooling", "endpoint": replace(SERVER, temperature=0.3)},
+            "endpoint.temperature is only used with .* judge or .*, got 'pooling'",
         ),
     ],
 )

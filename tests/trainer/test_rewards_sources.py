@@ -30,7 +30,9 @@ ANSWERS = [Answer("Write about the sea.", text) for text in ("Calm.", "A storm c
 def source_for(
     server: FaultServer, source: str, cache_path: Path | None = None, **settings: Any
 ) -> RewardSource:
-    patience = {"timeout_s": 5.0, "max_attempts": 2, "max_answers": 2, "backoff_s": 0.01}
+    patience = {"timeout_s": 5.0, "max_attempts": 2, "backoff_s": 0.01}
+    if source not in ("classify", "pooling", "score"):
+        patience["max_answers"] = 2
     endpoint = EndpointConfig(
         base_url=server.base_url, model="rm", **(patience | settings.pop("endpoint", {}))
     )
@@ -54,13 +56,15 @@ def test_served_model_gives_its_raw_score(route: str) -> None:
         return raw_reply(route, -1.5 * len(text_of(body)))
 
     with FaultServer(answer) as server:
-        result = source_for(server, route).score(ANSWERS)
+        extra = {"extra_body": '{"truncate_prompt_tokens": 100}'}
+        result = source_for(server, route, endpoint=extra).score(ANSWERS)
     assert result.scores == [-1.5 * len(a.text) for a in ANSWERS]
     assert result.failures == []
     assert result.is_applicable == [True] * 3
     assert set(server.paths) == {f"/{route}"}
     for body in server.bodies:
         assert body["use_activation"] is False
+        assert body["truncate_prompt_tokens"] == 100
         assert body.get("task") == ("classify" if route == "pooling" else None)
 
 
