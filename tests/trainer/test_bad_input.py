@@ -87,6 +87,7 @@ def test_train_refuses_a_bad_model(
         ({"rewards.writing.weight": 1}, "rewards.writing.model is empty"),
         ({"loss.sampler_correction": "truncate", "rollout.top_p": 0.9}, "sampler_correction"),
         ({"loss.off_policy_kl_max": 0.01, "rollout.top_k": 20}, "off_policy_kl_max"),
+        ({"seed": 2**63}, "seed must be at least 0 and below"),
         ({"device": "cuda"}, "torch sees no GPU"),
         ({"log.wandb": "project"}, "wandb is not installed"),
     ],
