@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import shutil
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lwz_trainer.parallel import Ranks
 __all__ = ["Recorder", "prepare_run_dir"]
 
 METRICS_FILE = "metrics.jsonl"
+WANDB_ID_FILE = "wandb_id.txt"
 IMPLEMENTATIONS_FILE = "implementations.json"
 """What each operator's `impl="auto"` meant in the run's latest process."""
 
@@ -94,7 +96,13 @@ class Recorder:
         }
         if config.log.wandb:
             wandb = _import_extra("wandb")
-            self._wandb = wandb.init(project=config.log.wandb, dir=str(run_dir), **settings)
+            self._wandb = wandb.init(
+                project=config.log.wandb,
+                dir=str(run_dir),
+                id=_wandb_id(run_dir),
+                resume="allow",  # else every process would be a run of its own
+                **settings,
+            )
         if config.log.trackio:
             self._trackio = _import_extra("trackio")
             self._trackio.init(project=config.log.trackio, **settings)
@@ -148,6 +156,14 @@ def _keep_first_steps(path: Path, num_steps: int) -> list[dict[str, Any]]:
         kept.append(record)
     write_text_atomically(path, "".join(_json_line(record) for record in kept))
     return kept
+
+
+def _wandb_id(run_dir: Path) -> str:
+    """The same for all processes of a run; in a directory that moves with it."""
+    path = run_dir / WANDB_ID_FILE
+    if not path.exists():
+        write_text_atomically(path, uuid.uuid4().hex + "\n")
+    return path.read_text(encoding="utf-8").strip()
 
 
 def _json_line(metrics: dict[str, Any]) -> str:

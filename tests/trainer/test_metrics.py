@@ -76,6 +76,22 @@ def test_step_warnings_expects_truncated_sampling_to_differ() -> None:
     assert step_warnings(metrics, truncates_sampling=True) == []
 
 
+def test_recorder_goes_on_with_the_wandb_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[dict[str, Any]] = []
+    module = types.ModuleType("wandb")
+    module.init = lambda **settings: opened.append(settings)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    config = TrainConfig(log=LogConfig(tensorboard=False, wandb="project"))
+    for name in ("run", "run", "other"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        Recorder(config, tmp_path / name, num_steps_done=0)
+    ids = [settings["id"] for settings in opened]
+    assert ids[0] == ids[1] != ids[2]
+    assert {settings["resume"] for settings in opened} == {"allow"}
+
+
 def test_recorder_sends_finite_numbers_to_trackers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
