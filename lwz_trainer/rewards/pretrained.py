@@ -4,11 +4,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from lwz_trainer.errors import UserError
 
-__all__ = ["input_limit", "load_model", "load_tokenizer", "pad_token_id", "padded_batch"]
+__all__ = [
+    "forecast_model_bytes",
+    "input_limit",
+    "load_model",
+    "load_tokenizer",
+    "pad_token_id",
+    "padded_batch",
+]
 
 
 def load_tokenizer(path: str, setting: str) -> Any:
@@ -46,6 +53,25 @@ def load_model(
             f"{missing[0]}; name a model that was trained for this use"
         )
     return model.eval().requires_grad_(False)
+
+
+def forecast_model_bytes(
+    auto_class: Any, path: str, setting: str, *, dtype: torch.dtype | None
+) -> int:
+    """Bytes of the weights at `path`, from its configuration alone.
+
+    Args:
+        auto_class: a transformers Auto class.
+        path: Hugging Face directory or hub id.
+        setting: name of the config field that holds `path`, for the error.
+        dtype: of the weights; None: the one that they were saved in.
+    Raises:
+        UserError: if there is none.
+    """
+    config = _load(AutoConfig, path, setting)
+    with torch.device("meta"):
+        model = auto_class.from_config(config, dtype=dtype or config.dtype or torch.float32)
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def input_limit(model: Any, tokenizer: Any) -> int:

@@ -29,6 +29,7 @@ __all__ = [
     "Scorer",
     "compare_groups",
     "failed_parts",
+    "section_of",
     "stack_rewards",
 ]
 
@@ -117,7 +118,7 @@ class Scorer:
             from lwz_trainer.rewards.sources import make_source
 
             self.sources = {
-                name: SharedSource(make_source(_section(name), source, device, cache_path))
+                name: SharedSource(make_source(section_of(name), source, device, cache_path))
                 for name, source in config.sourced.items()
             }
         self.encode: Callable[[list[str]], np.ndarray] | None = None
@@ -329,6 +330,6 @@ def _not_applicable(sample: RewardSample, config: RewardsConfig) -> frozenset[st
     return frozenset({"length"} if is_unasked else ())
 
 
-def _section(name: str) -> str:
+def section_of(name: str) -> str:
     """The section of the configuration that holds a reward from a source."""
     return "rewards.writing" if name == "writing" else f"rewards.others.{name}"

@@ -18,6 +18,7 @@ from lwz_trainer.model.source import resolve_model_dir
 from lwz_trainer.train.forecast import MemoryForecast, forecast_memory, num_parameters
 from lwz_trainer.train.metrics import peak_memory_gb
 from lwz_trainer.train.prompt_set import PromptSet
+from lwz_trainer.train.reward_forecast import with_reward_models
 
 __all__ = ["Target", "forecast_train", "update_seconds"]
 
@@ -59,6 +60,7 @@ def forecast_train(config: TrainConfig, target: Target) -> tuple[MemoryForecast,
         program_bytes=target.program_bytes,
         device_bytes=target.device_bytes,
     )
+    memory = with_reward_models(memory, config.rewards, target.device)
     rollout_s, update_s = _forecast_seconds(config, model, target, prompts.longest)
     return memory, (
         f"A step takes at most about {rollout_s + update_s:,.0f} s on this machine's "

@@ -11,14 +11,18 @@ from lwz_trainer.__main__ import main
 from lwz_trainer.config.model import ModelSection
 from lwz_trainer.config.parallel import ParallelConfig
 from lwz_trainer.config.reading import load_config
+from lwz_trainer.config.rewards import RewardPoolConfig, RewardsConfig, WritingRewardConfig
 from lwz_trainer.config.sections import OptimConfig, UpdateConfig
 from lwz_trainer.config.train import TrainConfig
 from lwz_trainer.model.architecture import ModelConfig
 from lwz_trainer.model.decoder import Decoder
+from lwz_trainer.rewards.writing import WritingReward
 from lwz_trainer.train.forecast import MemoryForecast, forecast_memory, num_parameters
+from lwz_trainer.train.reward_forecast import with_reward_models
 from lwz_trainer.update.optimizer import FlatAdamW
 from tests.trainer.rollout_case import load_tiny
 from tests.trainer.test_model_memory import LiveBytes
+from tests.trainer.test_rewards_writing import make_reward_model
 from tests.trainer.train_case import ROOT, make_run_args
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -260,3 +264,29 @@ def test_dry_run_refuses_what_cannot_be(
 ) -> None:
     assert main([*make_run_args(tmp_path), *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_reward_models_are_forecast_where_they_wait_and_where_they_score(tmp_path: Path) -> None:
+    section = WritingRewardConfig(weight=1, model=make_reward_model(tmp_path))
+    model = WritingReward(section, "cpu").model
+    size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    nothing = MemoryForecast(always={}, rollout={}, update={})
+    config = RewardsConfig(writing=section)
+    name = "reward model of writing"
+    assert with_reward_models(nothing, config, CPU) == replace(nothing, always={name: size})
+    assert with_reward_models(nothing, config, CUDA) == replace(
+        nothing, host={name: size}, rollout={f"{name}, while it scores": size}
+    )
+    config = replace(config, pool=RewardPoolConfig(workers=3, kind="process"))
+    assert with_reward_models(nothing, config, CUDA) == replace(
+        nothing, host={f"{name}, 3 copies": 3 * size}
+    )
+    assert with_reward_models(nothing, RewardsConfig(), CUDA) == nothing
+
+
+def test_dry_run_names_a_reward_model_that_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"rewards.writing.weight": 1, "rewards.writing.model": tmp_path / "nothing"}
+    assert main([*make_run_args(tmp_path, **settings), "--dry-run"]) == 2
+    assert "rewards.writing.model: cannot load" in capsys.readouterr().err
