@@ -113,7 +113,8 @@ class Pretrainer:
         if self._run.was_stopped(self._step):
             return
         self._run.export(
-            lambda final: save_pretrained(self._model, self._tokenizer, self._model_dir, final)
+            self._step,
+            lambda final: save_pretrained(self._model, self._tokenizer, self._model_dir, final),
         )
         if self._ranks.is_main:
             self._run.conclude(learned_line(self._run.history, self._run.dir))

@@ -159,7 +159,7 @@ class RewardModelTrainer:
         """The report and the final weights."""
         if not self._scored:  # the run was complete before this process
             self._scored = self._score_heldout()
-        self._run.export(self._write_final)
+        self._run.export(self._step, self._write_final)
         if not self._ranks.is_main:
             return
         report = heldout_report(self._scored, seed=self._config.seed) | {

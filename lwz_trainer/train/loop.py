@@ -294,7 +294,8 @@ class Trainer:
     def _finish(self) -> None:
         """The final weights, the report, and the line that says what was learned."""
         self._run.export(
-            lambda final: save_pretrained(self._model, self._tokenizer, self._model_dir, final)
+            self._step,
+            lambda final: save_pretrained(self._model, self._tokenizer, self._model_dir, final),
         )
         if self._ranks.is_main:
             self._run.conclude(learned_line(self._run.history, self._run.dir))

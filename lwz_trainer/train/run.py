@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 from lwz_trainer.config.run import RunConfig
 from lwz_trainer.errors import UserError
 from lwz_trainer.model.architecture import ModelConfig
+from lwz_trainer.model.atomic_directory import replace_directory
 from lwz_trainer.parallel import Ranks
 from lwz_trainer.timeline import Timeline
 from lwz_trainer.train.checkpoint import CheckpointStore, Resumable
@@ -21,6 +22,9 @@ from lwz_trainer.train.signals import StopSignal
 from lwz_trainer.train.weights import TrainedWeights
 
 __all__ = ["Run"]
+
+STEP_FILE = "step"
+"""In `final/`: the step whose weights these are."""
 
 P = TypeVar("P", bound=Resumable)
 
@@ -63,6 +67,7 @@ class Run(Generic[P]):
         self._recorder: Recorder | None = None
         self._saved_step = 0
         self.dir = Path(config.output_dir)
+        self._final = self.dir / "final"
         self.console = RunConsole(is_main=ranks.is_main, progress=config.log.progress)
         keep = config.checkpoint.keep
         self._checkpoints = CheckpointStore(
@@ -102,6 +107,8 @@ class Run(Generic[P]):
     def recording(self, num_steps_done: int) -> Iterator[None]:
         """Around all steps; what an earlier process recorded behind `num_steps_done` goes."""
         if self._ranks.is_main:
+            if (self._exported_step() or 0) > num_steps_done:
+                (self._final / STEP_FILE).unlink()
             # Of a run that begins anew the measurement before the first step goes too.
             self._recorder = Recorder(self._config, self.dir, num_steps_done=num_steps_done or -1)
         try:
@@ -143,14 +150,24 @@ class Run(Generic[P]):
             self._checkpoints.save(self._weights.optimizer.state_dict(), progress)
         self._saved_step = progress.step
 
-    def export(self, write: Callable[[Path], None]) -> None:
-        """Lets the main rank write `final/` from whole weights; all ranks call it together."""
+    def export(self, step: int, write: Callable[[Path], None]) -> None:
+        """Lets the main rank write `final/` from whole weights, unless it holds those of this step.
+
+        All ranks call it together.
+        """
         if not self._config.checkpoint.export:
             return
+        is_due = self._ranks.is_main and self._exported_step() != step
+        if not self._ranks.max([float(is_due)])[0]:
+            return
+
+        def write_with_step(directory: Path) -> None:
+            write(directory)
+            (directory / STEP_FILE).write_text(f"{step}\n", encoding="utf-8")
+
         with self._weights.whole(on_all_ranks=False):
-            final = self.dir / "final"
-            if self._ranks.is_main and not final.exists():
-                write(final)
+            if self._ranks.is_main:
+                replace_directory(self._final, write_with_step)
 
     def conclude(self, line: str) -> None:
         """The HTML page, and what the run came to; for the main rank."""
@@ -158,3 +175,9 @@ class Run(Generic[P]):
 
         write_page([self.dir])
         self.console.print(line)
+
+    def _exported_step(self) -> int | None:
+        """The step whose weights `final/` holds, if it says so."""
+        path = self._final / STEP_FILE
+        text = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+        return int(text) if text.isdecimal() else None

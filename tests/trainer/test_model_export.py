@@ -1,6 +1,8 @@
 """Export: transformers and our loader read back exactly the model that was written."""
 
 import json
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lwz_trainer.errors import UserError
 from lwz_trainer.model import export
+from lwz_trainer.model.atomic_directory import replace_directory
 from lwz_trainer.model.export import save_pretrained
 from lwz_trainer.model.loading import load_hf_config, load_pretrained
 from tests.trainer.tiny import EOS, make_tiny_model, tiny_hf_config
@@ -146,3 +149,32 @@ def test_save_pretrained_that_fails_leaves_nothing(
     with pytest.raises(UserError, match=r"cannot export to .*No space left on device"):
         save_pretrained(decoder, tokenizer, model_dir, tmp_path / "parent" / "out")
     assert list((tmp_path / "parent").iterdir()) == []
+
+
+@pytest.mark.parametrize(("num_renames", "left"), [(0, "old"), (1, None), (2, "new")])
+def test_replace_directory_killed_leaves_the_old_none_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_renames: int, left: str | None
+) -> None:
+    final = tmp_path / "final"
+    rename, calls = Path.rename, iter(range(9))
+
+    def rename_or_die(self: Path, target: Path) -> Path:
+        if next(calls) == num_renames:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    def writes(text: str) -> Callable[[Path], None]:
+        def write(directory: Path) -> None:
+            directory.mkdir()
+            (directory / "weights").write_text(text)
+
+        return write
+
+    replace_directory(final, writes("old"))
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(Path, "rename", rename_or_die)
+        replace_directory(final, writes("new"))
+    assert (final / "weights").read_text() == left if left else not final.exists()
+    replace_directory(final, writes("newest"))
+    assert (final / "weights").read_text() == "newest"
+    assert list(tmp_path.iterdir()) == [final]
