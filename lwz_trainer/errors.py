@@ -11,4 +11,7 @@ class UserError(Exception):
 
 
 class TrainingStopped(Exception):
-    """The run cannot go on, through nobody's typing: a non-finite loss, a failed reward."""
+    """The run cannot go on, through nobody's typing: a non-finite loss, a reward that fails.
+
+    A reward without any score in the first step of a run is a `UserError`: it was never set up.
+    """

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from lwz_trainer.config.rewards import ConstraintConfig
-from lwz_trainer.errors import UserError
+from lwz_trainer.errors import TrainingStopped, UserError
 
 __all__ = [
     "GroupAdvantages",
@@ -175,7 +175,11 @@ def constrain_advantages(
 
 
 def check_failures(
-    num_failed: dict[str, int], num_applicable: dict[str, int], max_failed_frac: float
+    num_failed: dict[str, int],
+    num_applicable: dict[str, int],
+    max_failed_frac: float,
+    *,
+    is_first_step: bool,
 ) -> None:
     """Ends the run where too many scores are missing for the rest to be trusted.
 
@@ -183,15 +187,22 @@ def check_failures(
         num_failed: missing scores, by reward, over all ranks.
         num_applicable: completions, by reward, that should have a score.
         max_failed_frac: the largest share that may be missing.
+        is_first_step: no score of a reward has been seen before.
     Raises:
-        UserError: naming the reward and the share.
+        UserError: in the first step a reward has no score at all, so it was never set up right.
+        TrainingStopped: above the limit in any other way. Both name the reward and the share.
     """
     for name, failed in num_failed.items():
         if failed > max_failed_frac * num_applicable[name]:
-            failed_frac = failed / num_applicable[name]
-            raise UserError(
-                f"reward '{name}' failed for {failed_frac:.0%} of {num_applicable[name]} "
-                f"completions (limit {max_failed_frac:.0%}); see the log for the reasons, or raise "
+            what = (
+                f"reward '{name}' failed for {failed / num_applicable[name]:.0%} of "
+                f"{num_applicable[name]} completions (limit {max_failed_frac:.0%}); see the log "
+                "for the reasons"
+            )
+            if is_first_step and failed == num_applicable[name]:
+                raise UserError(f"{what}, and mend how it is set up")
+            raise TrainingStopped(
+                f"{what}; when it scores again the same command goes on, or raise "
                 "rewards.max_failed_frac"
             )
 

@@ -109,7 +109,7 @@ class Interleaver:
         return self._update.finish(lr=lr)
 
     def abandon(self) -> None:
-        """The rollout was interrupted: waits for the micro-batch under way and forgets the rest."""
+        """The rollout leads to no update: waits for the micro-batch under way, forgets the rest."""
         self._works.clear()
         if self._launched is not None:
             self._launched.result()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lwz_trainer.config.train import TrainConfig
-from lwz_trainer.errors import UserError
+from lwz_trainer.errors import TrainingStopped, UserError
 from lwz_trainer.model.architecture import ModelConfig
 from lwz_trainer.model.decoder import Decoder
 from lwz_trainer.model.export import save_pretrained
@@ -160,6 +160,7 @@ class Trainer:
         found = self._sample(groups)
         if found is None:
             return None
+        self._check_failures()
         update = self._update_policy(found, lr)
         self._advance_references(found)
         self._step += 1
@@ -205,6 +206,17 @@ class Trainer:
             if found is None:
                 self._interleaver.abandon()
             return found
+
+    def _check_failures(self) -> None:
+        """Ends the run, with a checkpoint of the last step, where too many scores are missing."""
+        try:
+            self._sampler.check_failures(self._step)
+        except (UserError, TrainingStopped):
+            if self._interleaver is not None:
+                self._interleaver.abandon()
+            self._memory.enter_update()
+            self._run.save(self._progress())
+            raise
 
     def _update_policy(self, found: StepSamples, lr: float) -> UpdateMetrics:
         self._ranks.enter(f"updating, step {self._step + 1}")

@@ -110,9 +110,6 @@ class StepSampler:
             step: 0-based.
             policy_version: of the weights.
             hooks: the caller's part.
-
-        Raises:
-            UserError: too many scores are missing.
         """
         self._found, self._ended = StepSamples(), {}
         num_failures_before = self._scoring.num_failures
@@ -130,7 +127,6 @@ class StepSampler:
         if not self._has_whole_groups:
             self._judge_shared_groups(hooks)
         self._found.num_worker_failures = self._scoring.num_failures - num_failures_before
-        self._check_failures()
         self._found.groups.sort(key=lambda group: group.ended.number)
         return self._found
 
@@ -301,8 +297,12 @@ class StepSampler:
         self._found.groups.append(ScoredGroup(group, parts, advantages))
         hooks.on_group(self._found.groups[-1])
 
-    def _check_failures(self) -> None:
-        """Over all ranks, of all groups that were scored."""
+    def check_failures(self, step: int) -> None:
+        """Of all groups that were scored in this 0-based step; all ranks call it together.
+
+        Raises:
+            UserError, TrainingStopped: too many scores are missing, on every rank.
+        """
         names = list(self._config.rewards.weights)
         counts = [
             float(count.get(name, 0))
@@ -313,4 +313,9 @@ class StepSampler:
         failed = dict(zip(names, sums[: len(names)], strict=True))
         applicable = dict(zip(names, sums[len(names) :], strict=True))
         self._found.failed_frac = {name: failed[name] / max(1, applicable[name]) for name in names}
-        check_failures(failed, applicable, self._config.rewards.max_failed_frac)
+        check_failures(
+            failed,
+            applicable,
+            self._config.rewards.max_failed_frac,
+            is_first_step=step == 0,
+        )

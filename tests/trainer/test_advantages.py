@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from lwz_trainer.config.rewards import ConstraintConfig
-from lwz_trainer.errors import UserError
+from lwz_trainer.errors import TrainingStopped, UserError
 from lwz_trainer.rewards.advantages import (
     GroupAdvantages,
     check_failures,
@@ -201,14 +201,24 @@ def test_group_advantages_refuse_what_does_not_fit() -> None:
 
 
 def test_check_failures_names_the_reward_and_the_share() -> None:
-    with pytest.raises(UserError, match=r"reward 'writing' failed for 60% of 10 .*limit 50%"):
-        check_failures({"length": 0, "writing": 6}, {"length": 10, "writing": 10}, 0.5)
+    counts = {"length": 0, "writing": 6}, {"length": 10, "writing": 10}
+    with pytest.raises(TrainingStopped, match=r"'writing' failed for 60% of 10 .*limit 50%"):
+        check_failures(*counts, 0.5, is_first_step=True)
+
+
+def test_check_failures_calls_a_reward_that_never_scored_bad_input() -> None:
+    counts = {"length": 0, "writing": 10}, {"length": 10, "writing": 10}
+    with pytest.raises(UserError, match=r"failed for 100% of 10 .*how it is set up"):
+        check_failures(*counts, 0.5, is_first_step=True)
+    with pytest.raises(TrainingStopped, match=r"failed for 100% of 10 .*the same command goes on"):
+        check_failures(*counts, 0.5, is_first_step=False)
 
 
 def test_check_failures_accepts_the_limit_and_nothing_to_score() -> None:
-    check_failures({"length": 0, "writing": 5}, {"length": 0, "writing": 10}, 0.5)
-    with pytest.raises(UserError, match="limit 0%"):
-        check_failures({"writing": 1}, {"writing": 1000}, 0.0)
+    counts = {"length": 0, "writing": 5}, {"length": 0, "writing": 10}
+    check_failures(*counts, 0.5, is_first_step=True)
+    with pytest.raises(TrainingStopped, match="limit 0%"):
+        check_failures({"writing": 1}, {"writing": 1000}, 0.0, is_first_step=False)
 
 
 @given(

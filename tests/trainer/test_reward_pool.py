@@ -224,7 +224,7 @@ def test_train_goes_on_with_failures_up_to_the_limit(
     assert 0 <= metrics["reward/redundancy"] <= 1
     settings["rewards.max_failed_frac"] = 0.4
     capsys.readouterr()
-    assert main(make_run_args(tmp_path, "stopped", **settings)) == 2
+    assert main(make_run_args(tmp_path, "stopped", **settings)) == 1
     assert "failed for 50% of 12 completions (limit 40%)" in capsys.readouterr().err
     assert not (tmp_path / "stopped" / "metrics.jsonl").exists()
 

@@ -1,6 +1,7 @@
 """A run whose rewards come from a judge, a function and references, with constraints."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from lwz_trainer.__main__ import main
 from tests.trainer.fault_server import FaultServer, Reply, chat_reply, user_text
-from tests.trainer.train_case import make_run_args, read_metrics
+from tests.trainer.train_case import IN_PHASES, make_run_args, read_metrics
 
 FUNCTION = """
 def vowels(answers):
@@ -18,6 +19,17 @@ def vowels(answers):
 
 def group(answers):
     return [answer.group for answer in answers]
+"""
+
+
+OUTAGE = """
+seen = 0
+def words(answers):
+    global seen
+    seen += len(answers)
+    if 16 < seen <= 24:
+        raise OSError("the server is gone")
+    return [len(answer.text) for answer in answers]
 """
 
 
@@ -52,6 +64,34 @@ def write_config(tmp_path: Path, base_url: str) -> Path:
     ]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
     return path
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, IN_PHASES | {"update.schedule": "interleaved", "update.deterministic": True}],
+    ids=["sequential", "interleaved in phases"],
+)
+def test_train_saves_and_stops_when_a_reward_is_gone_and_goes_on(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    settings: dict[str, Any],
+) -> None:
+    (tmp_path / "lwz_outage.py").write_text(OUTAGE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "lwz_outage", raising=False)
+    settings = settings | {"num_steps": 3, "checkpoint.every": 0, "log.tensorboard": False}
+    settings |= {"rewards.writing.source": "function", "rewards.writing.weight": 1}
+    arguments = make_run_args(
+        tmp_path, **settings, **{"rewards.writing.function": "lwz_outage:words"}
+    )
+    assert main(arguments) == 1
+    assert "reward 'writing' failed for 100% of 8 completions" in capsys.readouterr().err
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert (checkpoints / "latest").read_text() == "step_000002"
+    assert main(arguments) == 0
+    assert "resumed from" in capsys.readouterr().out
+    assert [record["step"] for record in read_metrics(tmp_path / "run")] == [1, 2, 3]
 
 
 def test_train_with_rewards_from_servers_and_functions_resumes_bit_for_bit(
