@@ -1,8 +1,6 @@
 """The pretraining run: read, update, measure, record, save."""
 
 import dataclasses
-import hashlib
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -12,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from lwz_trainer.config.pretrain import PretrainConfig, named_paths
+from lwz_trainer.data.templates import load_template
 from lwz_trainer.errors import UserError
 from lwz_trainer.model.architecture import ModelConfig
 from lwz_trainer.model.export import save_pretrained
 from lwz_trainer.model.linear import resolve_dtype
-from lwz_trainer.model.loading import load_hf_config, load_pretrained
+from lwz_trainer.model.loading import load_hf_config, load_pretrained, weights_digest
 from lwz_trainer.model.source import resolve_model_dir
 from lwz_trainer.parallel import Ranks, start_teams
 from lwz_trainer.prepare.sources import find_files
@@ -25,6 +24,7 @@ from lwz_trainer.pretrain.rows import SUFFIXES, RowReader
 from lwz_trainer.pretrain.stream import Batch, BatchReader, MixedStream, SourceStream
 from lwz_trainer.pretrain.update import CrossEntropyUpdate, StepLoss
 from lwz_trainer.pretrain.windows import Window
+from lwz_trainer.train.identity import part_digest
 from lwz_trainer.train.metrics import peak_memory_gb
 from lwz_trainer.train.recorder import prepare_run_dir
 from lwz_trainer.train.run import Run
@@ -52,8 +52,6 @@ class _Progress:
     """Complete steps."""
     stream: dict[str, Any]
     """Where the sources stand."""
-    data: str
-    """Digest of everything that the order of the data depends on."""
 
 
 class Pretrainer:
@@ -64,7 +62,6 @@ class Pretrainer:
         self._ranks = ranks
         files = _files("data.sources", config.data.sources)
         held_out_files = _files("data.held_out", config.data.held_out)
-        self._data_digest = _digest(config, files)
         self._model_dir = resolve_model_dir(config.model.path)
         sizes = ModelConfig.from_hf(load_hf_config(self._model_dir))
         self._refuse_long_context(sizes.max_positions)
@@ -86,6 +83,7 @@ class Pretrainer:
             stop,
             sizes,
             weights,
+            _identity(config, files, self._model_dir),
             progress=_Progress,
             num_steps=config.num_steps,
         )
@@ -191,15 +189,9 @@ class Pretrainer:
         self._run.record(metrics, *lines)
 
     def _progress(self) -> _Progress:
-        return _Progress(self._step, self._stream_state, self._data_digest)
+        return _Progress(self._step, self._stream_state)
 
     def _restore(self, progress: _Progress) -> None:
-        if progress.data != self._data_digest:
-            raise UserError(
-                f"the checkpoint of step {progress.step} in {self._run.dir} was written with other "
-                "data (files, their sizes, data settings or seed): use the same, or pass another "
-                "output_dir"
-            )
         self._stream.restore(progress.stream)
         self._stream_state = progress.stream
         self._step = progress.step
@@ -281,13 +273,20 @@ def _held_out_windows(
     return windows
 
 
-def _digest(config: PretrainConfig, files: dict[str, list[Path]]) -> str:
-    """Of everything that the order of the data depends on; held-out texts do not count."""
+def _identity(
+    config: PretrainConfig, files: dict[str, list[Path]], model_dir: Path
+) -> dict[str, str]:
+    """The order of the data depends on all of it but the model; held-out texts do not count."""
     settings = dataclasses.asdict(config.data)
     for name in ("sources", "held_out", "held_out_every", "held_out_tokens"):
         del settings[name]
+    if config.data.template != "chat":
+        settings["template"] = dataclasses.asdict(load_template(config.data.template))
     sizes = {
         name: [(path.name, path.stat().st_size) for path in paths] for name, paths in files.items()
     }
-    text = json.dumps([config.seed, settings, sizes])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return {f"data.{name}": part_digest(value) for name, value in settings.items()} | {
+        "weights of model.path": weights_digest(model_dir),
+        "seed": part_digest(config.seed),
+        "names and sizes of data.sources": part_digest(sizes),
+    }

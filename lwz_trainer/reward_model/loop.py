@@ -1,5 +1,6 @@
 """The reward model's trainer: read pairs, update, evaluate, record, save."""
 
+import dataclasses
 import json
 import time
 from dataclasses import dataclass
@@ -13,17 +14,18 @@ from lwz_trainer.data.prompts import prompt_order
 from lwz_trainer.errors import UserError
 from lwz_trainer.model.export import ScoreHead, save_pretrained
 from lwz_trainer.model.linear import resolve_dtype
-from lwz_trainer.model.loading import load_decoder, load_hf_config, load_tokenizer
+from lwz_trainer.model.loading import load_decoder, load_hf_config, load_tokenizer, weights_digest
 from lwz_trainer.model.source import resolve_model_dir
 from lwz_trainer.parallel import Ranks
 from lwz_trainer.reward_model.batches import encode_pairs
 from lwz_trainer.reward_model.calibration import ScoredPair, heldout_metrics, heldout_report
 from lwz_trainer.reward_model.model import RewardModel, choose_pad_token_id
-from lwz_trainer.reward_model.pairs import load_split
+from lwz_trainer.reward_model.pairs import Pair, load_split
 from lwz_trainer.reward_model.report import report_markdown
 from lwz_trainer.reward_model.update import PairUpdate
 from lwz_trainer.rewards.encoding import AnswerEncoder
 from lwz_trainer.rewards.text import count_words
+from lwz_trainer.train.identity import part_digest
 from lwz_trainer.train.metrics import peak_memory_gb
 from lwz_trainer.train.recorder import prepare_run_dir
 from lwz_trainer.train.run import Run
@@ -79,6 +81,7 @@ class RewardModelTrainer:
             stop,
             decoder.config,
             weights,
+            self._identity(heldout),
             progress=_Progress,
             num_steps=self._num_steps,
             steps_setting="update.num_epochs",
@@ -177,6 +180,16 @@ class RewardModelTrainer:
             f"{_number(report['accuracy_matched_length'])}, longer is better "
             f"{_number(report['longer_is_better_accuracy'])}. Look at {self._run.dir / 'report.md'}"
         )
+
+    def _identity(self, heldout: list[Pair]) -> dict[str, str]:
+        pairs_per_step = self._config.update.pairs_per_step
+        return {
+            "weights of model.path": weights_digest(self._model_dir),
+            "seed": part_digest(self._config.seed),
+            "pairs to train on": part_digest([dataclasses.astuple(p) for p in self._pairs]),
+            "held-out pairs": part_digest([dataclasses.astuple(p) for p in heldout]),
+            "update.pairs_per_step": part_digest(pairs_per_step),
+        }
 
     def _restore(self, progress: _Progress) -> None:
         self._step = progress.step

@@ -61,6 +61,7 @@ class CheckpointStore(Generic[P]):
         ranks: that save and load together.
         model: whose tensors are saved.
         dtype: of its parameters.
+        identity: digests of what must stay as it was, by name; see `train.identity`.
         keep: checkpoints kept.
         progress: class of what is saved besides tensors.
     """
@@ -71,6 +72,7 @@ class CheckpointStore(Generic[P]):
         ranks: Ranks,
         model: ModelConfig,
         dtype: torch.dtype,
+        identity: dict[str, str],
         *,
         keep: int,
         progress: type[P],
@@ -79,6 +81,7 @@ class CheckpointStore(Generic[P]):
         self._dir = run_dir / "checkpoints"
         self._ranks = ranks
         self._model = json.loads(json.dumps(dataclasses.asdict(model) | {"dtype": str(dtype)}))
+        self._identity = identity
         self._keep = keep
 
     def latest(self) -> Path | None:
@@ -120,6 +123,7 @@ class CheckpointStore(Generic[P]):
                 "progress": dataclasses.asdict(progress),
                 "world_size": self._ranks.world_size,
                 "model": self._model,
+                "identity": self._identity,
             }
             (partial / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
             shutil.rmtree(final, ignore_errors=True)
@@ -131,10 +135,11 @@ class CheckpointStore(Generic[P]):
         return final
 
     def read_progress(self, path: Path) -> P:
-        """What is not a tensor; refuses a checkpoint of another model or number of ranks."""
+        """What is not a tensor; refuses a checkpoint of another run or number of ranks."""
         try:
             state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
             progress = self._progress(**state["progress"])
+            identity = dict(state["identity"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"checkpoint {path} is damaged ({error}): write an older one's name into "
@@ -145,6 +150,13 @@ class CheckpointStore(Generic[P]):
             raise UserError(
                 f"checkpoint {path} is of another model ({', '.join(differing)} differ): use the "
                 "model that the run was started with, or another output_dir"
+            )
+        if identity != self._identity:
+            names = sorted(identity.keys() | self._identity.keys())
+            differing = [name for name in names if identity.get(name) != self._identity.get(name)]
+            raise UserError(
+                f"checkpoint {path} is of another run ({', '.join(differing)} differ): start with "
+                f"the same, pass another output_dir, or remove {self._dir.parent} to begin anew"
             )
         if state["world_size"] != self._ranks.world_size:
             raise UserError(

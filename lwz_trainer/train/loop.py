@@ -17,6 +17,7 @@ from lwz_trainer.model.loading import (
     load_decoder,
     load_hf_config,
     load_pretrained,
+    weights_digest,
 )
 from lwz_trainer.model.source import resolve_model_dir
 from lwz_trainer.parallel import Ranks, start_teams
@@ -26,6 +27,7 @@ from lwz_trainer.timeline import Timeline
 from lwz_trainer.train.checkpoint import Progress
 from lwz_trainer.train.console import learned_line, step_line
 from lwz_trainer.train.groups import ScoredGroup
+from lwz_trainer.train.identity import part_digest
 from lwz_trainer.train.interleave import Interleaver
 from lwz_trainer.train.metrics import rollout_metrics, sample_metrics, step_warnings
 from lwz_trainer.train.prompt_set import GroupPrompt, PromptSet
@@ -121,6 +123,7 @@ class Trainer:
             stop,
             self._model.config,
             self._weights,
+            self._identity(),
             progress=Progress,
             num_steps=config.num_steps,
             timeline=self._timeline,
@@ -288,6 +291,15 @@ class Trainer:
             metrics, truncates_sampling=self._config.rollout.truncates_sampling
         )
         return metrics
+
+    def _identity(self) -> dict[str, str]:
+        config = self._config
+        return self._prompts.identity | {
+            "weights of model.path": weights_digest(self._model_dir),
+            "seed": part_digest(config.seed),
+            "data.prompts_per_step": part_digest(config.data.prompts_per_step),
+            "rollout.group_size": part_digest(config.rollout.group_size),
+        }
 
     def _progress(self) -> Progress:
         return Progress(

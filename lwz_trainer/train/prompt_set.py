@@ -1,5 +1,6 @@
 """Requests, rendered and tokenised once; a step's share of them depends on seed and step alone."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,9 +8,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lwz_trainer.config.train import TrainConfig
 from lwz_trainer.data.prompts import Prompt, load_prompts, prompt_order, replacement_index
-from lwz_trainer.data.templates import Renderer
+from lwz_trainer.data.templates import Renderer, load_template
 from lwz_trainer.errors import UserError
 from lwz_trainer.rollout.sequence import Request
+from lwz_trainer.train.identity import part_digest
 
 __all__ = ["GroupPrompt", "PromptSet"]
 
@@ -36,6 +38,11 @@ class PromptSet:
         self._config = config
         self._prompts = load_prompts(config.data.prompts)
         self.opened, self.kind = self._render_all(tokenizer)
+        self.identity = {
+            "data.prompts": part_digest([prompt.prompt for prompt in self._prompts]),
+            "data.template": self._template_digest(tokenizer),
+        }
+        """Digests of what the requests are and of how they are put."""
         self._refuse_too_long(max_positions)
 
     def __len__(self) -> int:
@@ -109,6 +116,13 @@ class PromptSet:
         self._texts = [renderer.text(prompt, tokenizer) for prompt in self._prompts]
         self._token_ids = [renderer.token_ids(text, tokenizer) for text in self._texts]
         return renderer.opened, renderer.kind
+
+    def _template_digest(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """Of its text: what a chat template makes of it may hold the date."""
+        data = self._config.data
+        if data.template == "chat":
+            return part_digest([tokenizer.chat_template, data.chat_opened, data.chat_system])
+        return part_digest(dataclasses.asdict(load_template(data.template)))
 
     def _refuse_too_long(self, max_positions: int) -> None:
         completion = self._config.rollout.max_completion_tokens

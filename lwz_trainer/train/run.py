@@ -38,6 +38,7 @@ class Run(Generic[P]):
         stop: what signals ask of this rank.
         model: sizes of what is trained; a checkpoint of another one is refused.
         weights: of it.
+        identity: digests of what must stay as it was, by name; see `train.identity`.
         progress: class of what a checkpoint holds besides tensors.
         num_steps: of the whole run.
         steps_setting: what is raised for more of them.
@@ -51,6 +52,7 @@ class Run(Generic[P]):
         stop: StopSignal,
         model: ModelConfig,
         weights: TrainedWeights[Any],
+        identity: dict[str, str],
         *,
         progress: type[P],
         num_steps: int,
@@ -71,7 +73,7 @@ class Run(Generic[P]):
         self.console = RunConsole(is_main=ranks.is_main, progress=config.log.progress)
         keep = config.checkpoint.keep
         self._checkpoints = CheckpointStore(
-            self.dir, ranks, model, weights.dtype, keep=keep, progress=progress
+            self.dir, ranks, model, weights.dtype, identity, keep=keep, progress=progress
         )
 
     @property
@@ -86,7 +88,7 @@ class Run(Generic[P]):
             restore: takes over what it holds besides tensors, or refuses it.
 
         Raises:
-            UserError: it has more steps than this run, is of another model, or damaged.
+            UserError: it has more steps than this run, is of another one, or damaged.
         """
         latest = self._checkpoints.latest() if self._config.checkpoint.resume else None
         if latest is None:

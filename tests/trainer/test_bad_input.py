@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lwz_trainer.__main__ import main
 from tests.trainer.test_rewards_writing import make_reward_model
+from tests.trainer.tiny import make_tiny_model
 from tests.trainer.train_case import make_run_args, run_cli
 
 
@@ -186,14 +187,46 @@ def test_train_on_a_disk_that_fills_up_keeps_the_last_checkpoint(
 def test_train_refuses_the_checkpoint_of_another_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tests.trainer.tiny import make_tiny_model
-
     assert main(make_run_args(tmp_path, num_steps=1)) == 0
     other = make_tiny_model(tmp_path / "other", "qwen2")
     arguments = make_run_args(tmp_path, **{"model.path": other})
     before = (tmp_path / "run" / "config.yaml").read_text()
     assert_refused(arguments, capsys, "is of another model", "family")
     assert (tmp_path / "run" / "config.yaml").read_text() == before
+
+
+def test_train_refuses_the_checkpoint_of_another_run_and_names_what_differs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(make_run_args(tmp_path, num_steps=1)) == 0
+    (tmp_path / "other.jsonl").write_text('{"prompt": "Write on the moon."}\n' * 2)
+    changes: dict[str, dict[str, Any]] = {
+        "seed": {"seed": 7},
+        "data.prompts": {"data.prompts": tmp_path / "other.jsonl"},
+        "data.template": {"data.template": "direct"},
+        "data.prompts_per_step": {"data.prompts_per_step": 1},
+        "rollout.group_size": {"rollout.group_size": 2},
+        "weights of model.path": {"model.path": make_tiny_model(tmp_path / "other", seed=1)},
+    }
+    for name, settings in changes.items():
+        arguments = make_run_args(tmp_path, num_steps=1, **settings)
+        assert_refused(arguments, capsys, f"is of another run ({name} differ)")
+
+
+def test_train_goes_on_with_settings_that_may_change_and_a_model_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(make_run_args(tmp_path, num_steps=1)) == 0
+    settings = {
+        "model.path": (tmp_path / "tiny-llama").rename(tmp_path / "moved"),
+        "num_steps": 2,
+        "optim.lr": 2e-4,
+        "update.microbatch_tokens": 100,
+        "rewards.length.weight": 2,
+        "checkpoint.every": 0,
+    }
+    assert main(make_run_args(tmp_path, **settings)) == 0
+    assert "resumed from" in capsys.readouterr().out
 
 
 @pytest.mark.dist

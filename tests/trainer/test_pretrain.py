@@ -165,7 +165,11 @@ def test_pretrain_refuses_to_go_on_with_other_data(
 ) -> None:
     assert main(make_pretrain_args(tmp_path, num_steps=3)) == 0
     arguments = make_pretrain_args(tmp_path, num_steps=6, **{"data.weights": [0.4, 0.5, 0.1]})
-    assert_refused(arguments, capsys, "was written with other data")
+    assert_refused(arguments, capsys, "is of another run (data.weights differ)")
+    with (tmp_path / "texts" / "books.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"text": "One more day at sea."}))
+    arguments = make_pretrain_args(tmp_path, num_steps=6, seed=1)
+    assert_refused(arguments, capsys, "(names and sizes of data.sources, seed differ)")
 
 
 def test_pretrain_dry_run_prints_config_and_forecast(

@@ -254,6 +254,19 @@ def test_reward_model_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert reports[0] == reports[1]
 
 
+def test_reward_model_refuses_to_go_on_with_other_pairs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(make_args(tmp_path, **{"update.num_epochs": 0.5})) == 0
+    arguments = make_args(tmp_path)
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(path.read_text().replace("ship", "boat"))
+    assert main(arguments) == 2
+    assert "is of another run (held-out pairs, pairs to train on differ)" in capsys.readouterr().err
+    assert main(make_args(tmp_path, seed=1)) == 2
+    assert "seed differ" in capsys.readouterr().err
+
+
 def test_reward_model_trains_in_bf16(tmp_path: Path) -> None:
     assert main(make_args(tmp_path, **{"model.dtype": "bf16", "checkpoint.every": 0})) == 0
     metrics = read_metrics(tmp_path / "run")
