@@ -7,7 +7,7 @@ from typing import Any
 
 from lwz_trainer.errors import UserError
 
-__all__ = ["jsonl_rows", "parsed_lines"]
+__all__ = ["jsonl_lines", "jsonl_rows", "parsed_line", "parsed_lines"]
 
 
 def jsonl_rows(source: Traversable, name: str, *, start: int = 0) -> Iterator[tuple[int, str, Any]]:
@@ -21,25 +21,34 @@ def jsonl_rows(source: Traversable, name: str, *, start: int = 0) -> Iterator[tu
     Raises:
         UserError: the file is not there, not UTF-8, or a line is not JSON.
     """
+    for number, where, line in jsonl_lines(source, name, start=start):
+        yield number, where, parsed_line(line, number, name)
+
+
+def jsonl_lines(
+    source: Traversable, name: str, *, start: int = 0
+) -> Iterator[tuple[int, str, bytes]]:
+    """As `jsonl_rows`, before `parsed_line`: for those who go on behind a bad line."""
     try:
         # Bytes, since lines end at "\n" alone: text has other ends that JSON strings may hold.
         with source.open("rb") as file:
-            yield from parsed_lines(file, name, start=start)
+            yield from _numbered(file, name, start=start)
     except OSError as error:
         raise UserError(f"cannot read {name}: {error.strerror}; check the path") from error
 
 
-def parsed_lines(
-    lines: Iterable[bytes], name: str, *, start: int = 0
-) -> Iterator[tuple[int, str, Any]]:
+def parsed_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[int, str, Any]]:
     """As `jsonl_rows`, for lines that are at hand."""
-    for number, line in enumerate(lines, start=1):
-        if number > start and line.strip():
-            where = f"{name} line {number}"
-            yield number, where, _parsed(line, number, name, where)
+    for number, where, line in _numbered(lines, name):
+        yield number, where, parsed_line(line, number, name)
 
 
-def _parsed(line: bytes, number: int, name: str, where: str) -> Any:
+def parsed_line(line: bytes, number: int, name: str) -> Any:
+    """The value of one line.
+
+    Raises:
+        UserError: it is not UTF-8 or not JSON.
+    """
     try:
         # Some editors put a byte order mark first, which json refuses.
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -51,5 +60,13 @@ def _parsed(line: bytes, number: int, name: str, where: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise UserError(
-            f"{where} is not valid JSON ({error}); expected one object per line"
+            f"{name} line {number} is not valid JSON ({error}); expected one object per line"
         ) from error
+
+
+def _numbered(
+    lines: Iterable[bytes], name: str, *, start: int = 0
+) -> Iterator[tuple[int, str, bytes]]:
+    for number, line in enumerate(lines, start=1):
+        if number > start and line.strip():
+            yield number, f"{name} line {number}", line

@@ -167,24 +167,24 @@ def load_decoder(
 
 
 def weights_digest(model_dir: Path) -> str:
-    """Of every tensor's name, type, shape and middle rows: the same wherever the files lie.
+    """Of every tensor's name, type, shape and middle rows, wherever and in how many files they lie.
 
     Training moves all weights, so a few rows tell two models apart, and the whole is not read.
     """
-    digest = hashlib.sha256()
-    files = {name: file for file, names in _names_by_file(model_dir).items() for name in names}
-    for file in sorted(set(files.values())):
+    parts: list[str] = []
+    for file, names in _names_by_file(model_dir).items():
         try:
             with safe_open(file, framework="pt") as shard:
-                for name in sorted(name for name in files if files[name] == file):
+                for name in names:
                     rows = shard.get_slice(name)
                     shape = rows.get_shape()
-                    digest.update(f"{name} {rows.get_dtype()} {shape}".encode())
                     some = rows[shape[0] // 2 : shape[0] // 2 + _DIGEST_ROWS]
-                    digest.update(some.contiguous().view(torch.uint8).numpy().tobytes())
+                    values = some.contiguous().view(torch.uint8).numpy().tobytes()
+                    digest = hashlib.sha256(values).hexdigest()
+                    parts.append(f"{name} {rows.get_dtype()} {shape} {digest}")
         except (SafetensorError, OSError) as error:
             raise _damaged(file, error) from error
-    return digest.hexdigest()[:16]
+    return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()[:16]
 
 
 def _names_by_file(model_dir: Path) -> dict[Path, list[str]]:

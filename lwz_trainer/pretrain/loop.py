@@ -11,7 +11,7 @@ from typing import Any
 
 from lwz_trainer.config.pretrain import PretrainConfig, named_paths
 from lwz_trainer.data.templates import load_template
-from lwz_trainer.errors import UserError
+from lwz_trainer.errors import TrainingStopped, UserError
 from lwz_trainer.model.architecture import ModelConfig
 from lwz_trainer.model.export import save_pretrained
 from lwz_trainer.model.linear import resolve_dtype
@@ -73,7 +73,9 @@ class Pretrainer:
         reader = RowReader(config.data, self._tokenizer)
         self._stream = _mixed_stream(config, files, reader)
         self._held_out_names = list(held_out_files)
-        self._held_out = _held_out_windows(config, held_out_files, reader)
+        self._held_out = _held_out_windows(
+            config, held_out_files, RowReader(config.data, self._tokenizer)
+        )
         _refuse_without_text(files, reader)
         prepare_run_dir(config, ranks, self._model)
         weights = TrainedWeights(self._model, config, ranks)
@@ -121,7 +123,7 @@ class Pretrainer:
         """One batch and its optimizer step; its metrics, on every rank."""
         started = time.perf_counter()
         self._ranks.enter(f"reading, step {self._step + 1}")
-        batch = self._reader.next()
+        batch = self._next_batch()
         updating = time.perf_counter()
         self._ranks.enter(f"updating, step {self._step + 1}")
         lr = learning_rate(self._config.optim, self._step, self._config.num_steps)
@@ -146,6 +148,20 @@ class Pretrainer:
             metrics |= self._measure()
         return metrics
 
+    def _next_batch(self) -> Batch:
+        """Every rank reads all of it; where one of them cannot, the last step is saved first."""
+        batch: Batch | None = None
+        error: UserError | None = None
+        try:
+            batch = self._reader.next()
+        except UserError as found:
+            error = found
+        if self._ranks.max([float(batch is None)])[0]:
+            self._run.save(self._progress())
+            raise error or TrainingStopped("another rank cannot read its data, and says why")
+        assert batch is not None, "no rank failed"
+        return batch
+
     def _metrics(self, batch: Batch, loss: StepLoss, lr: float) -> dict[str, Any]:
         seen = sum(batch.tokens.values())
         metrics: dict[str, Any] = {"step": self._step, "loss": loss.losses.mean}
@@ -156,6 +172,7 @@ class Pretrainer:
                 f"data/{name}_tokens_frac": tokens / seen for name, tokens in batch.tokens.items()
             }
         metrics |= {f"data/{name}_epochs": epochs for name, epochs in batch.epochs.items()}
+        metrics |= {f"data/{name}_rows_skipped": rows for name, rows in batch.skipped.items()}
         return metrics | {
             "grad_norm": loss.grad_norm,
             "lr": lr,
@@ -243,13 +260,14 @@ def _refuse_without_text(files: dict[str, list[Path]], reader: RowReader) -> Non
     """Reads the beginning of each source, so that what is wrong there is said at once."""
     for index, (name, paths) in enumerate(files.items()):
         if next(_windows(index, paths, reader), None) is None:
-            raise UserError(f"data source '{name}' holds no text; check its files")
+            reason = next(iter(reader.reasons(index)), "check its files")
+            raise UserError(f"data source '{name}' holds no text to learn from: {reason}")
 
 
 def _windows(index: int, paths: list[Path], reader: RowReader) -> Iterator[Window]:
-    """All windows of a source in the order of its files."""
+    """All windows of a source in the order of its files; a row of a wrong form is refused."""
     for path in paths:
-        for _, windows in reader.read(index, path, 0):
+        for _, windows in reader.read(index, path, 0, is_strict=True):
             yield from windows
 
 

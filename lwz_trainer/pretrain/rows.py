@@ -2,18 +2,25 @@
 
 A row with the text field is a document. Else it holds `prompt` and `answer` (and maybe `thinking`),
 or `messages` that end with the assistant's.
+
+A row that nothing can be learned from is passed over: an empty text or answer, an answer that was
+cut off, no thinking where the template wants it, a prompt that fills the context. So is a row of a
+wrong form, except where a source begins, where it is more likely the whole source.
 """
 
+import io
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lwz_trainer.config.pretrain import TextDataConfig
-from lwz_trainer.data.jsonl import jsonl_rows
+from lwz_trainer.data.jsonl import jsonl_lines, parsed_line
 from lwz_trainer.data.prompts import Prompt, prompt_language
 from lwz_trainer.data.templates import Renderer
 from lwz_trainer.errors import UserError
@@ -25,11 +32,19 @@ SUFFIXES = (".parquet", ".jsonl", ".txt")
 
 # Rows that are tokenized in one call.
 _BATCH_ROWS = 64
+# Rows that are named when they are passed over, of each source; the metrics count all.
+_MAX_NAMED = 5
+
+_logger = logging.getLogger(__name__)
+
+
+class _Unusable(UserError):
+    """A row of the right form that nothing can be learned from."""
 
 
 @dataclass(frozen=True)
 class _Text:
-    """One row as text; a document has no prompt."""
+    """One row as text; a document has no prompt, and a row that is passed over no text either."""
 
     row: int
     where: str
@@ -41,7 +56,7 @@ class RowReader:
     """Reads files of all three kinds into windows.
 
     Raises:
-        UserError: naming the file and the line or row; or the template cannot be used.
+        UserError: the template cannot be used.
     """
 
     def __init__(self, config: TextDataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -57,10 +72,24 @@ class RowReader:
                 "tokenizer_config.json"
             )
         self._eos: int = tokenizer.eos_token_id
+        self._reasons: dict[int, list[str]] = {}
 
-    def read(self, source: int, file: Path, start: int) -> Iterator[tuple[int, list[Window]]]:
-        """(rows passed, windows of that row), from the row after the first `start` ones on."""
-        texts = self._texts(file, start)
+    def reasons(self, source: int) -> list[str]:
+        """Why the first rows of a source that were passed over were."""
+        return self._reasons.get(source, [])
+
+    def read(
+        self, source: int, file: Path, start: int, *, is_strict: bool = False
+    ) -> Iterator[tuple[int, list[Window]]]:
+        """(rows passed, windows of that row), from the row after the first `start` ones on.
+
+        A row that is passed over has no window.
+
+        Raises:
+            UserError: the file cannot be read; with `is_strict` also a row of a wrong form, naming
+                the file and the line or row.
+        """
+        texts = self._texts(source, file, start, is_strict)
         while batch := list(islice(texts, _BATCH_ROWS)):
             documents = [text for text in batch if text.prompt is None]
             pairs = [text for text in batch if text.prompt is not None]
@@ -73,7 +102,7 @@ class RowReader:
                 if text.prompt is None:
                     yield text.row, self._document(source, text, next(whole_ids))
                 else:
-                    yield text.row, [self._reply(source, text, next(prompt_ids), next(reply_ids))]
+                    yield text.row, self._reply(source, text, next(prompt_ids), next(reply_ids))
 
     def _document(self, source: int, text: _Text, ids: list[int]) -> list[Window]:
         if not text.text.strip():
@@ -83,39 +112,67 @@ class RowReader:
 
     def _reply(
         self, source: int, text: _Text, prompt_ids: list[int], reply_ids: list[int]
-    ) -> Window:
+    ) -> list[Window]:
+        context = self._config.context_tokens
+        if not 0 < len(prompt_ids) <= context:
+            reason = (
+                f"{text.where}: the prompt has {len(prompt_ids)} tokens with its template, "
+                f"expected 1 to data.context_tokens ({context}): raise that or remove the row"
+            )
+            self._pass_over(source, reason)
+            return []
         # A chat template writes the end of a turn itself.
         ended = reply_ids if self._is_chat else [*reply_ids, self._eos]
-        return cut_reply(
-            source,
-            text.where,
-            prompt_ids,
-            ended,
-            context_tokens=self._config.context_tokens,
-            learns_prompt=self._config.loss_on == "all",
-        )
+        learns_prompt = self._config.loss_on == "all"
+        return [
+            cut_reply(
+                source,
+                text.where,
+                prompt_ids,
+                ended,
+                context_tokens=context,
+                learns_prompt=learns_prompt,
+            )
+        ]
+
+    def _pass_over(self, source: int, reason: str) -> None:
+        """Logs it, if it is one of the first of the source and was not read before."""
+        reasons = self._reasons.setdefault(source, [])
+        if reason not in reasons and len(reasons) < _MAX_NAMED:
+            reasons.append(reason)
+            _logger.warning("passed over: %s", reason)
 
     def _tokens(self, texts: list[str], *, special: bool) -> list[list[int]]:
         if not texts:
             return []
         return self._tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
 
-    def _texts(self, file: Path, start: int) -> Iterator[_Text]:
+    def _texts(self, source: int, file: Path, start: int, is_strict: bool) -> Iterator[_Text]:
+        """All rows; one that is passed over as an empty document."""
+        rows: Iterator[tuple[int, str, Any]]
         if file.suffix == ".txt":
-            if start == 0:
-                yield _Text(1, str(file), None, _read_text(file))
-            return
-        rows = (
-            _parquet_rows(file, start)
-            if file.suffix == ".parquet"
-            else jsonl_rows(file, str(file), start=start)
-        )
-        for row, where, record in rows:
-            if not isinstance(record, dict):
-                raise UserError(f"{where} holds a {type(record).__name__}; expected an object")
-            yield self._text(row, where, record)
+            rows = _whole_file(file, start)
+        elif file.suffix == ".parquet":
+            rows = _parquet_rows(file, start)
+        else:
+            rows = jsonl_lines(file, str(file), start=start)
+        for row, where, content in rows:
+            try:
+                text = self._text(file, row, where, content)
+            except UserError as error:
+                if is_strict and not isinstance(error, _Unusable):
+                    raise
+                self._pass_over(source, str(error))
+                text = _Text(row, where, None, "")
+            yield text
 
-    def _text(self, row: int, where: str, record: dict[str, Any]) -> _Text:
+    def _text(self, file: Path, row: int, where: str, content: Any) -> _Text:
+        """A file's bytes, a line's bytes, or a record of a parquet file."""
+        if file.suffix == ".txt":
+            return _Text(row, where, None, _decoded(content, where))
+        record = parsed_line(content, row, str(file)) if file.suffix == ".jsonl" else content
+        if not isinstance(record, dict):
+            raise UserError(f"{where} holds a {type(record).__name__}; expected an object")
         field = self._config.text_field
         if record.get(field) is not None:
             return _Text(row, where, None, _string(record, field, where))
@@ -129,13 +186,17 @@ class RowReader:
         question = _string(record, "prompt", where)
         prompt = Prompt(question, None, prompt_language(question), row)
         answer = _string(record, "answer", where)
+        if record.get("finish_reason") == "length":
+            raise _Unusable(f"{where}: the answer was cut off (finish_reason is length)")
+        if not answer.strip():
+            raise _Unusable(f"{where}: the answer is empty")
         thinking = _string(record, "thinking", where) if record.get("thinking") else ""
         template = self._renderer.template
         if template is None:
             return self._chat_reply(where, prompt, thinking, answer)
         if template.kind == "think":
             if not thinking:
-                raise UserError(
+                raise _Unusable(
                     f"{where} has no `thinking`, which template {self._config.template} asks for: "
                     "add it, or use data.template=direct"
                 )
@@ -151,7 +212,7 @@ class RowReader:
         """Prompt and answer in the model's own chat template."""
         opened = self._config.chat_opened
         if opened == "<think>" and not thinking:
-            raise UserError(
+            raise _Unusable(
                 f"{where} has no `thinking`, which data.chat_opened <think> asks for: add it, or "
                 "use data.chat_opened=<answer>"
             )
@@ -188,10 +249,9 @@ class RowReader:
                 f"{where} holds messages, which need data.template=chat, got "
                 f"'{self._config.template}'"
             )
-        before = self._tokenizer.apply_chat_template(
-            messages[:-1], tokenize=False, add_generation_prompt=True
-        )
-        assert isinstance(before, str)
+        if not messages[-1]["content"].strip():
+            raise _Unusable(f"{where}: the last message is empty")
+        before = self._rendered(where, messages[:-1], opens_reply=True)
         return self._chat_text(row, where, before, messages[:-1], messages[-1]["content"])
 
     def _chat_text(
@@ -202,16 +262,24 @@ class RowReader:
         messages: list[dict[str, str]],
         content: str,
     ) -> _Text:
-        whole = self._tokenizer.apply_chat_template(
-            [*messages, {"role": "assistant", "content": content}], tokenize=False
-        )
-        assert isinstance(whole, str)
+        reply = {"role": "assistant", "content": content}
+        whole = self._rendered(where, [*messages, reply], opens_reply=False)
         if not whole.startswith(before):
             raise UserError(
                 f"{where}: this model's chat template changes a finished reply or what stands "
                 "before it, so the two cannot be told apart: use a raw template"
             )
         return _Text(row, where, before, whole.removeprefix(before))
+
+    def _rendered(self, where: str, messages: list[dict[str, str]], *, opens_reply: bool) -> str:
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=opens_reply
+            )
+        except TemplateError as error:
+            raise UserError(f"{where}: the chat template refuses the messages: {error}") from error
+        assert isinstance(text, str), f"tokenize=False gave {type(text).__name__}"
+        return text
 
 
 def _tagged(thinking: str, answer: str) -> str:
@@ -225,13 +293,22 @@ def _string(record: dict[str, Any], name: str, where: str) -> str:
     return value
 
 
-def _read_text(file: Path) -> str:
+def _decoded(content: bytes, where: str) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
+        # Line ends of all kinds become "\n", as in a file that is opened as text.
+        return io.StringIO(content.decode("utf-8-sig"), newline=None).read()
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 ({error}); save it as UTF-8") from error
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}; check the path") from error
+        raise UserError(f"{where} is not UTF-8 ({error}); save it as UTF-8") from error
+
+
+def _whole_file(file: Path, start: int) -> Iterator[tuple[int, str, bytes]]:
+    """The one row of a text file."""
+    if start == 0:
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror}; check the path") from error
+        yield 1, str(file), content
 
 
 def _parquet_rows(file: Path, start: int) -> Iterator[tuple[int, str, Any]]:

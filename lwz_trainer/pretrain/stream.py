@@ -2,9 +2,10 @@
 
 A source is read block by block: `shuffle_windows` windows are read in file order and given out in
 an order that depends on the seed and the block's place alone. So memory is bounded, and where a
-source stands is five integers: epoch, file and row at which the block starts, windows of it given
-out, and tokens so far. The next window always comes from the source that is furthest behind its
-share of tokens: no randomness, and shares are exact to one window.
+source stands is six integers: epoch, file and row at which the block starts, windows of it given
+out, tokens so far, and rows without a window before the block. The next window always comes from
+the source that is furthest behind its share of tokens: no randomness, and shares are exact to one
+window.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from lwz_trainer.pretrain.windows import Window
 __all__ = ["Batch", "BatchReader", "MixedStream", "ReadRows", "SourceStream"]
 
 ReadRows: TypeAlias = Callable[[int, Path, int], Iterator[tuple[int, list[Window]]]]
-"""(source, file, rows to pass over) -> (rows passed, windows of the row), row by row."""
+"""(source, file, rows to start behind) -> (rows passed, windows of the row), row by row."""
 
 _Place: TypeAlias = tuple[int, int, int]
 """Epoch, file in the epoch's order, rows passed in that file."""
@@ -50,6 +51,8 @@ class SourceStream:
         self._seed = seed
         self._start: _Place = (0, 0, 0)
         self._taken = 0
+        self._num_skipped_before = 0
+        self._num_skipped_in_block = 0
         self._block: list[Window] = []
         self._next: _Place = (0, 0, 0)
 
@@ -58,10 +61,16 @@ class SourceStream:
         """Complete passes over the source."""
         return self._start[0]
 
+    @property
+    def num_skipped(self) -> int:
+        """Rows without a window, as far as blocks were read; each epoch counts them again."""
+        return self._num_skipped_before + self._num_skipped_in_block
+
     def peek(self) -> Window:
         """The next window."""
         if self._taken == len(self._block):
             self._start, self._taken = self._next, 0
+            self._num_skipped_before = self.num_skipped
             self._fill()
         return self._block[self._taken]
 
@@ -72,11 +81,12 @@ class SourceStream:
 
     def state(self) -> list[int]:
         """Where the source stands, for `restore`."""
-        return [*self._start, self._taken, self.num_tokens]
+        return [*self._start, self._taken, self.num_tokens, self._num_skipped_before]
 
     def restore(self, state: list[int]) -> None:
         """Goes on where `state` was taken."""
-        epoch, file, row, taken, self.num_tokens = state
+        epoch, file, row, taken, self.num_tokens, self._num_skipped_before = state
+        self._num_skipped_in_block = 0
         self._start = self._next = (epoch, file, row)
         self._taken, self._block = 0, []
         if taken:
@@ -86,26 +96,31 @@ class SourceStream:
     def _fill(self) -> None:
         """The block that starts at `_start`; at the end of an epoch it may be a short one."""
         while True:
-            windows, self._next = self._read_block(self._start)
+            windows, self._next, num_skipped = self._read_block(self._start)
             if windows:
                 break
             if self._start[1:] == (0, 0):
                 raise UserError(f"data source '{self.name}' holds no text; check its files")
             self._start = self._next
+            self._num_skipped_before += num_skipped
+        self._num_skipped_in_block = num_skipped
         order = self._random(*self._start).permutation(len(windows))
         self._block = [windows[index] for index in order]
 
-    def _read_block(self, start: _Place) -> tuple[list[Window], _Place]:
+    def _read_block(self, start: _Place) -> tuple[list[Window], _Place, int]:
+        """Its windows, where the next one starts, and the rows of it without a window."""
         epoch, file, row = start
         files = self._random(epoch).permutation(len(self._files))
         windows: list[Window] = []
+        num_skipped = 0
         while file < len(files):
             for num_passed, found in self._read(self._index, self._files[files[file]], row):
                 windows += found
+                num_skipped += not found
                 if len(windows) >= self._shuffle_windows:
-                    return windows, (epoch, file, num_passed)
+                    return windows, (epoch, file, num_passed), num_skipped
             file, row = file + 1, 0
-        return windows, (epoch + 1, 0, 0)
+        return windows, (epoch + 1, 0, 0), num_skipped
 
     def _random(self, *place: int) -> np.random.Generator:
         sequence = np.random.SeedSequence(self._seed, spawn_key=(self._index, *place))
@@ -165,6 +180,8 @@ class Batch:
     """Tokens of each source so far."""
     epochs: dict[str, int]
     """Complete passes over each source."""
+    skipped: dict[str, int]
+    """Rows of each source so far that were passed over."""
 
 
 class BatchReader:
@@ -185,7 +202,7 @@ class BatchReader:
         """The next batch; waits for it where it is not there yet.
 
         Raises:
-            UserError: a bad row, where its batch comes up.
+            UserError: a file that cannot be read, where its batch comes up.
         """
         batch = self._thread.submit(self._read) if self._coming is None else self._coming
         found = batch.result()
@@ -204,4 +221,5 @@ class BatchReader:
             self._stream.state(),
             {source.name: source.num_tokens for source in sources},
             {source.name: source.epoch for source in sources},
+            {source.name: source.num_skipped for source in sources},
         )

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lwz_trainer.errors import UserError
 from lwz_trainer.update.packing import TrainSample
 
 __all__ = ["Window", "as_train_sample", "cut_document", "cut_reply", "deal_windows"]
@@ -59,14 +58,9 @@ def cut_reply(
 ) -> Window:
     """The window of a prompt and its reply, whose end is cut off where it passes the context.
 
-    Raises:
-        UserError: the prompt alone fills the context, or is empty.
+    The prompt is not empty and leaves room for a token of the reply to be predicted.
     """
-    if not 0 < len(prompt_ids) <= context_tokens:
-        raise UserError(
-            f"{where}: the prompt has {len(prompt_ids)} tokens with its template, expected 1 to "
-            f"data.context_tokens ({context_tokens}): raise that or remove the row"
-        )
+    assert 0 < len(prompt_ids) <= context_tokens, "the reader passes over such a row"
     tokens = np.asarray([*prompt_ids, *reply_ids][: context_tokens + 1], dtype=np.int32)
     return Window(source, where, tokens, 1 if learns_prompt else len(prompt_ids))
 

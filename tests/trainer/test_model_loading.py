@@ -21,6 +21,7 @@ from lwz_trainer.model.loading import (
     load_generation_config,
     load_pretrained,
     resolve_eos_ids,
+    weights_digest,
 )
 from lwz_trainer.model.source import BUILTIN_MODEL, resolve_model_dir
 from tests.trainer.tiny import (
@@ -89,6 +90,16 @@ def test_load_decoder_of_shards_equals_that_of_one_file(model_dir: Path) -> None
     sharded = load_decoder(model_dir, dtype=torch.float32, device="cpu")
     for (name, one), many in zip(whole.named_parameters(), sharded.parameters(), strict=True):
         assert torch.equal(one, many), name
+
+
+def test_weights_digest_knows_the_weights_and_not_where_they_lie(model_dir: Path) -> None:
+    digest = weights_digest(model_dir)
+    model_dir = model_dir.rename(model_dir.with_name("elsewhere"))
+    assert weights_digest(model_dir) == digest
+    shard(model_dir)
+    assert weights_digest(model_dir) == digest
+    other = make_tiny_model(model_dir.parent / "other", seed=1)
+    assert weights_digest(other) != weights_digest(make_tiny_model(model_dir.parent / "same"))
 
 
 def test_load_decoder_ignores_redundant_tensors(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lwz_trainer.__main__ import main
+from lwz_trainer.data.jsonl import jsonl_lines
+from lwz_trainer.errors import UserError
+from lwz_trainer.pretrain import rows
 from tests.processes import Program
 from tests.trainer.pretrain_case import make_pretrain_args
 from tests.trainer.test_bad_input import assert_refused
@@ -157,6 +161,57 @@ def test_pretrain_refuses_a_source_without_text_before_it_writes_anything(
     arguments = make_pretrain_args(tmp_path)
     (tmp_path / "texts" / "books.jsonl").write_text('{"text": " "}\n')
     assert_refused(arguments, capsys, "data source 'books' holds no text")
+    assert not (tmp_path / "run").exists()
+
+
+def one_source(path: Path) -> dict[str, Any]:
+    settings = {"data.sources": [f"a={path}"], "data.weights": [], "data.held_out": []}
+    return settings | {"data.batch_size": 1, "checkpoint.every": 0}
+
+
+def test_pretrain_passes_over_bad_rows_and_counts_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = [json.dumps({"text": f"The sea was calm on day {day}."}) for day in range(80)]
+    lines[70] = "{"
+    lines[75] = json.dumps({"text": 3})
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    settings = one_source(tmp_path / "a.jsonl") | {"data.batch_size": 20, "num_steps": 3}
+    assert main(make_pretrain_args(tmp_path, **settings)) == 0
+    last = read_metrics(tmp_path / "run")[-1]
+    assert last["data/a_epochs"] >= 1
+    assert 0 <= last["data/a_rows_skipped"] - 2 * last["data/a_epochs"] <= 2
+    assert "a.jsonl line 71 is not valid JSON" in caplog.text
+    assert "a.jsonl line 76: text must be a string" in caplog.text
+
+
+def test_pretrain_saves_before_it_leaves_with_a_file_it_cannot_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lines_up_to_a_bad_block(
+        source: Path, name: str, *, start: int = 0
+    ) -> Iterator[tuple[int, str, bytes]]:
+        for row in jsonl_lines(source, name, start=start):
+            if row[0] > 100:
+                raise UserError(f"cannot read {name}: Input/output error")
+            yield row
+
+    monkeypatch.setattr(rows, "jsonl_lines", lines_up_to_a_bad_block)
+    lines = [json.dumps({"text": f"The sea was calm on day {day}."}) for day in range(120)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    arguments = make_pretrain_args(tmp_path, num_steps=60, **one_source(tmp_path / "a.jsonl"))
+    assert_refused(arguments, capsys, "a.jsonl: Input/output error")
+    last = read_metrics(tmp_path / "run")[-1]["step"]
+    assert last > 0
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step_{last:06d}"
+
+
+def test_pretrain_refuses_a_source_whose_rows_all_lack_thinking(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = make_pretrain_args(tmp_path, **{"data.template": "think"})
+    expected = "'pairs' holds no text to learn from: ", "pairs.jsonl line 1 has no `thinking`"
+    assert_refused(arguments, capsys, *expected)
     assert not (tmp_path / "run").exists()
 
 

@@ -1,6 +1,7 @@
 """Rows to windows, windows to batches, and a stream that goes on anywhere."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,6 +124,21 @@ def test_reader_opens_tags_in_the_chat_template(
     )
 
 
+def test_reader_passes_over_a_conversation_that_the_chat_template_refuses(tmp_path: Path) -> None:
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] != 'user' %}{{ raise_exception('first a user') }}{% endif %}"
+        "{{ messages[0]['content'] }}:{{ messages[1]['content'] if messages[1:] }}"
+    )
+    reader = reader_of(tokenizer, template="chat")
+    rows = [
+        {"messages": [{"role": role, "content": "Write!"}, {"role": "assistant", "content": "Yes"}]}
+        for role in ("user", "system")
+    ]
+    assert [len(windows) for _, windows in read_rows(reader, tmp_path / "a.jsonl", *rows)] == [1, 0]
+    assert "line 2: the chat template refuses the messages: first a user" in reader.reasons(0)[0]
+
+
 def test_reader_cuts_a_long_reply_at_its_end(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -166,27 +182,53 @@ def test_reader_goes_on_after_the_rows_it_is_told(
             '{"role": "assistant", "content": "c"}]}',
             r"line 2 holds messages, which need data.template=chat",
         ),
-        ('{"prompt": "%s", "answer": "b"}' % ("x" * 99), r"line 2: the prompt has \d+ tokens"),
     ],
 )
-def test_reader_names_the_line_of_a_bad_row(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, row: str, expected: str
+def test_reader_names_the_line_of_a_bad_row_or_passes_over_it(
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    caplog: pytest.LogCaptureFixture,
+    row: str,
+    expected: str,
 ) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "The sea."}\n' + row)
+    path.write_text('{"text": "The sea."}\n' + row + '\n{"text": "The end."}')
+    reader = reader_of(tokenizer, context_tokens=64)
     with pytest.raises(UserError, match=expected):
-        list(reader_of(tokenizer, context_tokens=64).read(0, path, 0))
+        list(reader.read(0, path, 0, is_strict=True))
+    assert not caplog.records
+    for _ in range(2):
+        found = [(number, len(windows)) for number, windows in reader.read(0, path, 0)]
+        assert found == [(1, 1), (2, 0), (3, 1)]
+    (record,) = caplog.records  # once, though the row was read twice
+    assert re.search(f"passed over: .*{expected}", record.getMessage())
 
 
-def test_reader_wants_thinking_where_the_template_thinks(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"thinking": "", "answer": "", "finish_reason": "length"}, "was cut off"),
+        ({"finish_reason": "length"}, "was cut off"),
+        ({"answer": " "}, "the answer is empty"),
+        ({"thinking": ""}, "has no `thinking`, which template think asks for"),
+        ({"prompt": "x" * 99}, r"the prompt has \d+ tokens with its template, expected 1 to"),
+    ],
+)
+def test_reader_takes_what_generate_writes_and_passes_over_what_teaches_nothing(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, change: dict[str, str], expected: str
 ) -> None:
-    with pytest.raises(UserError, match="has no `thinking`, which template think asks for"):
-        read_rows(
-            reader_of(tokenizer, template="think"),
-            tmp_path / "a.jsonl",
-            {"prompt": "a", "answer": "b"},
-        )
+    row = {"index": 1, "prompt": "Write!", "thinking": "Plan.", "answer": "The sea."}
+    row |= {"response": "Plan.</think>", "words": 2, "finish_reason": "stop", "settings": {}}
+    reader = reader_of(tokenizer, template="think", context_tokens=2000)
+    if "prompt" in change:
+        reader = reader_of(tokenizer, context_tokens=64)
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in (row, row | change, row)))
+    rows = list(reader.read(3, path, 0, is_strict=True))
+    assert [len(windows) for _, windows in rows] == [1, 0, 1]
+    (reason,) = reader.reasons(3)
+    assert re.search(f"a.jsonl line 2.*{expected}", reason)
+    assert reader.reasons(0) == []
 
 
 # Rows of the stream tests: file i holds `rows[i]` rows, row r of it r % 3 windows named "i/r/k".
@@ -232,6 +274,14 @@ def test_source_gives_every_window_once_an_epoch_in_new_orders(block: int) -> No
     assert take(make_source(rows, block=block, seed=1), expected.total()) != epochs[0]
 
 
+def test_source_counts_the_rows_without_a_window() -> None:
+    source = make_source([7, 1, 12], block=1000)
+    take(source, 6 + 0 + 12)
+    assert source.num_skipped == 3 + 1 + 4
+    take(source, 1)
+    assert source.num_skipped == 2 * (3 + 1 + 4)
+
+
 def test_source_shuffles_within_blocks_alone() -> None:
     source = make_source([30], block=6)
     rows = [int(name.split("/")[1]) for name in take(source, 30)]
@@ -254,6 +304,7 @@ def test_source_goes_on_where_its_state_was_taken(taken: int, rows: list[int], b
     other.restore(state)
     assert take(other, 40) == take(source, 40)
     assert other.state() == source.state()
+    assert other.num_skipped == source.num_skipped
 
 
 def test_source_refuses_files_without_text() -> None:
@@ -293,6 +344,7 @@ def test_batch_reader_says_where_each_batch_ended_though_it_reads_ahead() -> Non
         expected, batch = plain.next_batch(20), reader.next()
         assert [w.where for w in batch.windows] == [w.where for w in expected]
         assert batch.state == plain.state()
+        assert batch.skipped == {source.name: source.num_skipped for source in plain.sources}
         assert batch.tokens == {source.name: source.num_tokens for source in plain.sources}
     reader.close()
 
