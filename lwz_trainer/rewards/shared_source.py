@@ -85,7 +85,7 @@ class SharedSource:
                 has_turn = self._holder is asker
                 if has_turn:
                     self._holder = None
-                    self._changed.notify()
+                    self._changed.notify_all()
             if not has_turn:
                 source.close()
 
@@ -95,7 +95,7 @@ class SharedSource:
             if self._holder is asker:
                 self.source = self.source.renewed()
                 self._holder = None
-                self._changed.notify()
+                self._changed.notify_all()
 
     def close(self) -> None:
         """Ends connections to servers; called when nobody asks."""
