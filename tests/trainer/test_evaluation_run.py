@@ -311,8 +311,11 @@ def test_eval_command_killed_while_judging_pays_for_no_call_twice(tmp_path: Path
 
 
 def test_eval_command_that_is_interrupted_ends_in_one_line_and_goes_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:
+    # A worker that pytest starts ignores it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     data = write_jsonl(tmp_path / "l.jsonl", [longbench_record(n) for n in (10, 20, 30)])
     answers = [{"index": i, "response": f"word {i}"} for i in range(3)]
     path = write_jsonl(tmp_path / "a.jsonl", answers)
