@@ -54,6 +54,7 @@ def main(argv: list[str]) -> int:
         else:
             rows = alpaca_pairs(alpaca_judgments(Path(folder)), options.max_words, chance)
     rows = rows[: options.num_pairs]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     print(f"{len(rows)} pairs in {options.out}")
     return 0
