@@ -68,6 +68,7 @@ def publish(out: Path, target: Path, *, systems: Sequence[str], num_requests: in
     """
     if target.exists() and not (target / "summary.json").is_file():
         raise SystemExit(f"{target} was not written by this program: pass another folder")
+    commit = report.commit()  # before the tree is changed below
     shutil.rmtree(target, ignore_errors=True)
     for name in TRAINED:
         _copy_run(out / name, target / name)
@@ -87,7 +88,7 @@ def publish(out: Path, target: Path, *, systems: Sequence[str], num_requests: in
     (target / "evaluation" / "responses").mkdir()
     for path in responses.values():
         shutil.copy(path, target / "evaluation" / "responses")
-    summary = _summary(out, target / "evaluation", systems)
+    summary = _summary(out, target / "evaluation", systems, commit)
     write_text_atomically(target / "summary.json", json.dumps(summary, indent=1) + "\n")
     write_text_atomically(target / "README.md", _readme(summary))
     _name_no_folders(target, out)
@@ -127,7 +128,7 @@ def _name_no_folders(target: Path, out: Path) -> None:
             write_text_atomically(path, text)
 
 
-def _summary(out: Path, evaluation: Path, systems: Sequence[str]) -> dict[str, Any]:
+def _summary(out: Path, evaluation: Path, systems: Sequence[str], commit: str) -> dict[str, Any]:
     results = json.loads((evaluation / "results.json").read_text(encoding="utf-8"))
     # Per request: words, S_l, and S_q, which nobody has given.
     items = {name: results["scores"][name]["items"] for name in systems}
@@ -168,7 +169,7 @@ def _summary(out: Path, evaluation: Path, systems: Sequence[str]) -> dict[str, A
         "pretraining": {"held_out_loss_before": held_out[0], "held_out_loss_after": held_out[-1]},
         "seconds": seconds,
         "settings": json.loads((out / "settings.json").read_text(encoding="utf-8")),
-        "machine": report.machine("cpu", torch.get_num_threads()) | {"commit": report.commit()},
+        "machine": report.machine("cpu", torch.get_num_threads()) | {"commit": commit},
     }
 
 
