@@ -5,7 +5,6 @@ client. Both write `{"index", "response", ...}` lines, the benchmarks' own forma
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from lwz_trainer.config.evaluation import GenerateConfig
 from lwz_trainer.config.sections import RolloutConfig
 from lwz_trainer.data.prompts import Prompt, prompt_language
 from lwz_trainer.data.templates import Renderer, load_template
+from lwz_trainer.digest import short_digest
 from lwz_trainer.endpoint import BlockingEndpoint, EndpointError
 from lwz_trainer.errors import UserError
 from lwz_trainer.evaluation.items import Benchmark, Item
@@ -231,14 +231,13 @@ def _refuse_too_long(
 
 def _task_digest(item: Item) -> str:
     """Of what the model is asked: benchmarks and their files share index numbers."""
-    text = json.dumps([item.prompt, wanted_range(item)])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return short_digest([item.prompt, wanted_range(item)])
 
 
 def _settings_digest(config: GenerateConfig, sampling: Sampling) -> str:
     """Of what responses depend on; limits, patience and where a server is are not part of it."""
     template = load_template(config.template) if config.template != "chat" else None
-    text = json.dumps(
+    return short_digest(
         [
             config.model,
             weights_stamp(resolve_model_dir(config.model)) if config.model else [],
@@ -253,4 +252,3 @@ def _settings_digest(config: GenerateConfig, sampling: Sampling) -> str:
             dataclasses.asdict(sampling),
         ]
     )
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -4,13 +4,12 @@ Every judgment is a line of `judgments.jsonl` as soon as it arrives. A call that
 it is missing, never 0, and the same command asks again.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+from lwz_trainer.digest import short_digest
 from lwz_trainer.endpoint import BlockingEndpoint, EndpointError, Message
 from lwz_trainer.errors import UserError
 from lwz_trainer.evaluation.items import Benchmark, Item
@@ -239,5 +238,4 @@ def _recorded(journal: Journal) -> dict[tuple[str, int, str, str], Mapping[str, 
 
 def _digest(call: JudgeCall, settings: str) -> str:
     """Of everything that a judgment depends on."""
-    text = json.dumps([settings, call.question()])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return short_digest([settings, call.question()])

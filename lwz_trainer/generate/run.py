@@ -1,8 +1,6 @@
 """Writes one piece to the terminal, or the answers to a file of requests."""
 
 import dataclasses
-import hashlib
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from lwz_trainer.config.generate import GenerateCommandConfig
 from lwz_trainer.data.length_range import explicit_length_range
 from lwz_trainer.data.prompts import Prompt, load_prompts, prompt_language
 from lwz_trainer.data.templates import load_template
+from lwz_trainer.digest import short_digest
 from lwz_trainer.errors import TrainingStopped, UserError
 from lwz_trainer.evaluation.answer import final_answer
 from lwz_trainer.evaluation.journal import Journal
@@ -198,4 +197,4 @@ def _settings_digest(config: GenerateCommandConfig) -> str:
     settings["weights"] = weights_stamp(resolve_model_dir(config.model))
     if config.template != "chat":
         settings["template"] = dataclasses.asdict(load_template(config.template))
-    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+    return short_digest(settings)

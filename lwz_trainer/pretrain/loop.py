@@ -11,6 +11,7 @@ from typing import Any
 
 from lwz_trainer.config.pretrain import PretrainConfig, named_paths
 from lwz_trainer.data.templates import load_template
+from lwz_trainer.digest import short_digest
 from lwz_trainer.errors import TrainingStopped, UserError
 from lwz_trainer.model.architecture import ModelConfig
 from lwz_trainer.model.export import save_pretrained
@@ -24,7 +25,6 @@ from lwz_trainer.pretrain.rows import SUFFIXES, RowReader
 from lwz_trainer.pretrain.stream import Batch, BatchReader, MixedStream, SourceStream
 from lwz_trainer.pretrain.update import CrossEntropyUpdate, StepLoss
 from lwz_trainer.pretrain.windows import Window
-from lwz_trainer.train.identity import part_digest
 from lwz_trainer.train.metrics import peak_memory_gb
 from lwz_trainer.train.recorder import prepare_run_dir
 from lwz_trainer.train.run import Run
@@ -303,8 +303,8 @@ def _identity(
     sizes = {
         name: [(path.name, path.stat().st_size) for path in paths] for name, paths in files.items()
     }
-    return {f"data.{name}": part_digest(value) for name, value in settings.items()} | {
+    return {f"data.{name}": short_digest(value) for name, value in settings.items()} | {
         "weights of model.path": weights_digest(model_dir),
-        "seed": part_digest(config.seed),
-        "names and sizes of data.sources": part_digest(sizes),
+        "seed": short_digest(config.seed),
+        "names and sizes of data.sources": short_digest(sizes),
     }

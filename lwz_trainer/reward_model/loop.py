@@ -11,6 +11,7 @@ from typing import Any
 from lwz_trainer.atomic_text import write_text_atomically
 from lwz_trainer.config.reward_model import RewardModelConfig
 from lwz_trainer.data.prompts import prompt_order
+from lwz_trainer.digest import short_digest
 from lwz_trainer.errors import UserError
 from lwz_trainer.model.export import ScoreHead, save_pretrained
 from lwz_trainer.model.linear import resolve_dtype
@@ -25,7 +26,6 @@ from lwz_trainer.reward_model.report import report_markdown
 from lwz_trainer.reward_model.update import PairUpdate
 from lwz_trainer.rewards.encoding import AnswerEncoder
 from lwz_trainer.rewards.text import count_words
-from lwz_trainer.train.identity import part_digest
 from lwz_trainer.train.metrics import peak_memory_gb
 from lwz_trainer.train.recorder import prepare_run_dir
 from lwz_trainer.train.run import Run
@@ -185,10 +185,10 @@ class RewardModelTrainer:
         pairs_per_step = self._config.update.pairs_per_step
         return {
             "weights of model.path": weights_digest(self._model_dir),
-            "seed": part_digest(self._config.seed),
-            "pairs to train on": part_digest([dataclasses.astuple(p) for p in self._pairs]),
-            "held-out pairs": part_digest([dataclasses.astuple(p) for p in heldout]),
-            "update.pairs_per_step": part_digest(pairs_per_step),
+            "seed": short_digest(self._config.seed),
+            "pairs to train on": short_digest([dataclasses.astuple(p) for p in self._pairs]),
+            "held-out pairs": short_digest([dataclasses.astuple(p) for p in heldout]),
+            "update.pairs_per_step": short_digest(pairs_per_step),
         }
 
     def _restore(self, progress: _Progress) -> None:

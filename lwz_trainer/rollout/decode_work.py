@@ -1,6 +1,5 @@
 """What decoding had to read, and how fast this device could: both sides of the bandwidth floor."""
 
-import functools
 import statistics
 import time
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lwz_trainer.model.decoder import Decoder
+from lwz_trainer.out_of_memory import release_cached_memory
 
 __all__ = ["DecodeWork", "copy_bandwidth", "weight_bytes_of_a_step"]
 
@@ -58,9 +58,11 @@ def weight_bytes_of_a_step(model: Decoder) -> int:
     return num_bytes if model.lm_head is None else num_bytes - model.embed.nbytes
 
 
-@functools.cache
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second that a large copy reads and writes: the median of five."""
+    """Bytes a second that a large copy reads and writes: the median of five.
+
+    For a device that holds nothing yet: on a GPU it takes 1 GiB, and gives it back.
+    """
     source = torch.zeros(_PROBE_BYTES[device.type] // 2, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     times: list[float] = []
@@ -70,4 +72,7 @@ def copy_bandwidth(device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - started)
-    return 2 * source.nbytes / statistics.median(times)
+    num_bytes = 2 * source.nbytes
+    del source, target
+    release_cached_memory(device)
+    return num_bytes / statistics.median(times)

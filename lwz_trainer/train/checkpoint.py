@@ -61,7 +61,9 @@ class CheckpointStore(Generic[P]):
         ranks: that save and load together.
         model: whose tensors are saved.
         dtype: of its parameters.
-        identity: digests of what must stay as it was, by name; see `train.identity`.
+        identity: digests of what must stay as it was, by name: the weights that a run starts from,
+            its seed, its data and their order. What may change between two starts of one run has no
+            place in it: the number of steps, the learning rate, rewards, memory, saving.
         keep: checkpoints kept.
         progress: class of what is saved besides tensors.
     """

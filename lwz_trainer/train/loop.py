@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lwz_trainer.config.train import TrainConfig
+from lwz_trainer.digest import short_digest
 from lwz_trainer.errors import TrainingStopped, UserError
 from lwz_trainer.model.architecture import ModelConfig
 from lwz_trainer.model.decoder import Decoder
@@ -22,12 +23,12 @@ from lwz_trainer.model.loading import (
 from lwz_trainer.model.source import resolve_model_dir
 from lwz_trainer.parallel import Ranks, start_teams
 from lwz_trainer.rewards.references import start_references
+from lwz_trainer.rollout.decode_work import copy_bandwidth
 from lwz_trainer.rollout.making import make_engine
 from lwz_trainer.timeline import Timeline
 from lwz_trainer.train.checkpoint import Progress
 from lwz_trainer.train.console import learned_line, step_line
 from lwz_trainer.train.groups import ScoredGroup
-from lwz_trainer.train.identity import part_digest
 from lwz_trainer.train.interleave import Interleaver
 from lwz_trainer.train.metrics import rollout_metrics, sample_metrics, step_warnings
 from lwz_trainer.train.prompt_set import GroupPrompt, PromptSet
@@ -65,6 +66,7 @@ class Trainer:
         self._teams = start_teams(
             config.parallel, ranks, heads=sizes.heads, kv_heads=sizes.kv_heads
         )
+        self._copy_bandwidth = copy_bandwidth(ranks.device)  # before the device holds anything
         dtype = resolve_dtype(config.model.dtype, ranks.device)
         self._model, self._tokenizer = load_pretrained(
             str(self._model_dir), dtype=dtype, device=ranks.device
@@ -275,7 +277,12 @@ class Trainer:
         metrics |= sample_metrics(everything)
         metrics |= update.values
         metrics |= times
-        metrics |= rollout_metrics(found, self._ranks, seconds=times["time/rollout_s"])
+        metrics |= rollout_metrics(
+            found,
+            self._ranks,
+            seconds=times["time/rollout_s"],
+            copy_bandwidth=self._copy_bandwidth,
+        )
         metrics |= {
             "lr": lr,
             "policy_version": self._policy_version,
@@ -296,9 +303,9 @@ class Trainer:
         config = self._config
         return self._prompts.identity | {
             "weights of model.path": weights_digest(self._model_dir),
-            "seed": part_digest(config.seed),
-            "data.prompts_per_step": part_digest(config.data.prompts_per_step),
-            "rollout.group_size": part_digest(config.rollout.group_size),
+            "seed": short_digest(config.seed),
+            "data.prompts_per_step": short_digest(config.data.prompts_per_step),
+            "rollout.group_size": short_digest(config.rollout.group_size),
         }
 
     def _progress(self) -> Progress:

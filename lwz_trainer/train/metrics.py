@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from lwz_trainer.parallel import Ranks
-from lwz_trainer.rollout.decode_work import copy_bandwidth
 from lwz_trainer.train.sampling import StepSamples
 
 __all__ = ["peak_memory_gb", "rollout_metrics", "sample_metrics", "step_warnings"]
@@ -50,13 +49,16 @@ def sample_metrics(records: list[dict[str, Any]]) -> dict[str, float]:
     return metrics
 
 
-def rollout_metrics(found: StepSamples, ranks: Ranks, *, seconds: float) -> dict[str, float]:
+def rollout_metrics(
+    found: StepSamples, ranks: Ranks, *, seconds: float, copy_bandwidth: float
+) -> dict[str, float]:
     """Sums and maxima over the ranks, which call it together.
 
     Args:
         found: of this rank.
         ranks: all of them.
         seconds: that decoding took.
+        copy_bandwidth: of this rank's device, bytes a second.
     """
     sums = ranks.sum(
         [
@@ -89,7 +91,7 @@ def rollout_metrics(found: StepSamples, ranks: Ranks, *, seconds: float) -> dict
         "rollout/out_of_memory": sums[11],
         "rollout/rows_in_flight": decode_rows / decode_steps if decode_steps else math.nan,
         "rollout/decode_gb_per_s": bytes_per_s / 1e9,
-        "rollout/bandwidth_frac": bytes_per_s / copy_bandwidth(ranks.device),
+        "rollout/bandwidth_frac": bytes_per_s / copy_bandwidth,
         "reward/worker_failures": sums[5],
     }
 

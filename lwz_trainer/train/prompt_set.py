@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerBase
 from lwz_trainer.config.train import TrainConfig
 from lwz_trainer.data.prompts import Prompt, load_prompts, prompt_order, replacement_index
 from lwz_trainer.data.templates import Renderer, load_template
+from lwz_trainer.digest import short_digest
 from lwz_trainer.errors import UserError
 from lwz_trainer.rollout.sequence import Request
-from lwz_trainer.train.identity import part_digest
 
 __all__ = ["GroupPrompt", "PromptSet"]
 
@@ -39,7 +39,7 @@ class PromptSet:
         self._prompts = load_prompts(config.data.prompts)
         self.opened, self.kind = self._render_all(tokenizer)
         self.identity = {
-            "data.prompts": part_digest([prompt.prompt for prompt in self._prompts]),
+            "data.prompts": short_digest([prompt.prompt for prompt in self._prompts]),
             "data.template": self._template_digest(tokenizer),
         }
         """Digests of what the requests are and of how they are put."""
@@ -121,8 +121,8 @@ class PromptSet:
         """Of its text: what a chat template makes of it may hold the date."""
         data = self._config.data
         if data.template == "chat":
-            return part_digest([tokenizer.chat_template, data.chat_opened, data.chat_system])
-        return part_digest(dataclasses.asdict(load_template(data.template)))
+            return short_digest([tokenizer.chat_template, data.chat_opened, data.chat_system])
+        return short_digest(dataclasses.asdict(load_template(data.template)))
 
     def _refuse_too_long(self, max_positions: int) -> None:
         completion = self._config.rollout.max_completion_tokens

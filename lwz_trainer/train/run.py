@@ -38,7 +38,7 @@ class Run(Generic[P]):
         stop: what signals ask of this rank.
         model: sizes of what is trained; a checkpoint of another one is refused.
         weights: of it.
-        identity: digests of what must stay as it was, by name; see `train.identity`.
+        identity: digests of what must stay as it was, by name; see `CheckpointStore`.
         progress: class of what a checkpoint holds besides tensors.
         num_steps: of the whole run.
         steps_setting: what is raised for more of them.
