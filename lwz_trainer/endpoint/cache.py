@@ -1,8 +1,9 @@
 """Answers on disk: a run that is killed and started again pays for no answer twice.
 
 An answer is committed the moment it arrives. What a kill can cost are requests under way, whose
-answers never arrived. If none of the answers to a question could be read they are forgotten, and
-the next run gets others. The file holds requests and answers, never headers, so no API key.
+answers never arrived. If none of the answers to a question could be read they are forgotten at the
+end of the run, and the next run gets others. The file holds requests and answers, never headers,
+so no API key.
 """
 
 import hashlib
@@ -40,13 +41,11 @@ class AnswerCache:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._connection = self._open() if path.exists() else None
-        self._forgotten: dict[str, Any] = {}
+        self._forgotten: set[str] = set()
 
     def get(self, request: dict[str, Any]) -> Any | None:
         """The answer to an equal request, or None."""
         key = _key(_canonical(request))
-        if key in self._forgotten:
-            return self._forgotten[key]
         row = self._execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
         return None if row is None else json.loads(row[0])
 
@@ -59,14 +58,14 @@ class AnswerCache:
         )
 
     def forget(self, request: dict[str, Any]) -> None:
-        """Takes an answer off the disk; until this object is gone an equal request still has it."""
-        key = _key(_canonical(request))
-        answer = self.get(request)
-        if answer is not None:  # else another process has forgotten it already
-            self._forgotten[key] = answer
-        self._execute("DELETE FROM answers WHERE key = ?", (key,))
+        """Takes an answer off the disk when this is closed: a kill before that forgets nothing."""
+        self._forgotten.add(_key(_canonical(request)))
 
     def close(self) -> None:
+        """Takes what is forgotten off the disk and ends the connection."""
+        for key in self._forgotten:
+            self._execute("DELETE FROM answers WHERE key = ?", (key,))
+        self._forgotten.clear()
         if self._connection is not None:
             self._connection.close()
 

@@ -196,6 +196,17 @@ def test_answers_that_cannot_be_read_end_in_an_error(tmp_path: Path) -> None:
             assert len(server.bodies) == 2 * number
 
 
+def test_the_cache_forgets_at_the_end_and_not_when_it_is_killed(tmp_path: Path) -> None:
+    killed = AnswerCache(tmp_path / "a")
+    killed.put({"question": 1}, "nothing")
+    killed.forget({"question": 1})
+    resumed = AnswerCache(tmp_path / "a")
+    assert resumed.get({"question": 1}) == "nothing"
+    resumed.forget({"question": 1})
+    resumed.close()
+    assert AnswerCache(tmp_path / "a").get({"question": 1}) is None
+
+
 def test_an_unreadable_answer_before_a_readable_or_missing_one_is_kept(tmp_path: Path) -> None:
     replies = [chat_reply("nothing"), Reply("", status=400), chat_reply('{"score": 7}')]
     with FaultServer(lambda body, number: replies[number]) as server:
