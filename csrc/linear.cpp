@@ -1,4 +1,4 @@
-// The driver of the native linear layer: checks, packing of x, and threads.
+// The driver of the native linear layer: checks and threads.
 //
 // The weight is read once, in chunks of columns that threads take in turn. A thread takes its next
 // chunk before it works on the present one, so that the kernel can prefetch across the border.
@@ -42,19 +42,8 @@ int64_t chunk_columns(int64_t num_columns, int num_threads) {
     return std::clamp(share / kColumnStep * kColumnStep, kColumnStep, kMaxChunkColumns);
 }
 
-void pack(const LwzLinear& linear, const LwzLinearKernel& kernel, int num_threads) {
-    // Waking and joining the threads costs more than packing this much.
-    constexpr int64_t kFloatsWorthThreads = 1 << 16;
-    const bool is_large = linear.num_vecs * linear.depth * kernel.lanes > kFloatsWorthThreads;
-    (void)is_large;
-    (void)num_threads;
-#if defined(_OPENMP)
-#pragma omp parallel for num_threads(num_threads) if (num_threads > 1 && is_large)
-#endif
-    for (int64_t vec = 0; vec < linear.num_vecs; ++vec) kernel.pack(linear, vec);
-}
-
-void run(const LwzLinear& linear, const LwzLinearKernel& kernel, int num_threads) {
+void run(const LwzLinear& linear, const LwzLinearKernel& kernel) {
+    const int num_threads = linear.num_threads;
     const int64_t columns = chunk_columns(linear.num_columns, num_threads);
     const int64_t num_chunks = (linear.num_columns + columns - 1) / columns;
     const int64_t acc_size = columns * linear.num_vecs * kernel.lanes;
@@ -65,6 +54,10 @@ void run(const LwzLinear& linear, const LwzLinearKernel& kernel, int num_threads
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1 && num_chunks > 1)
 #endif
     {
+#if defined(_OPENMP)
+#pragma omp for
+#endif
+        for (int64_t vec = 0; vec < linear.num_vecs; ++vec) kernel.pack(linear, vec);
         float* const acc = acc_of_threads.get() + next_thread.fetch_add(1) * acc_size;
         int64_t chunk = next_chunk.fetch_add(1);
         while (chunk < num_chunks) {
@@ -80,23 +73,24 @@ void run(const LwzLinear& linear, const LwzLinearKernel& kernel, int num_threads
 
 }  // namespace
 
-int lwz_linear(const void* x, const void* weight, const void* bias, void* out, int64_t num_rows,
-               int64_t num_columns, int64_t depth, int x_dtype, int weight_dtype, int out_dtype,
-               int level, int num_threads) {
-    if (depth < 1 || depth % kDepthStep != 0) return kLwzUnsupportedDepth;
-    if (level < kLwzGeneric || level > lwz_best_level()) return kLwzUnsupportedLevel;
-    if (num_rows == 0 || num_columns == 0) return kLwzOk;
-    const LwzLinearKernel kernel = kernel_of(level);
-    const int64_t num_vecs = (num_rows + kernel.lanes - 1) / kernel.lanes;
+int lwz_run_linear(const LwzLinearCall& call) {
+    if (call.depth < 1 || call.depth % kDepthStep != 0) return kLwzUnsupportedDepth;
+    if (call.level < kLwzGeneric || call.level > lwz_best_level()) return kLwzUnsupportedLevel;
+    if (call.num_rows == 0 || call.num_columns == 0) return kLwzOk;
+    const LwzLinearKernel kernel = kernel_of(call.level);
+    const int64_t num_vecs = (call.num_rows + kernel.lanes - 1) / kernel.lanes;
     try {
-        const Floats packed_x = allocate(num_vecs * depth * kernel.lanes);
-        const LwzLinear linear{x,           weight, bias,    out,          num_rows,
-                               num_columns, depth,  x_dtype, weight_dtype, out_dtype,
-                               packed_x.get(), num_vecs};
-        pack(linear, kernel, num_threads);
-        run(linear, kernel, num_threads);
+        const Floats packed_x = allocate(num_vecs * call.depth * kernel.lanes);
+        run(LwzLinear{call, packed_x.get(), num_vecs}, kernel);
     } catch (const std::bad_alloc&) {
         return kLwzOutOfMemory;
     }
     return kLwzOk;
+}
+
+int lwz_linear(const void* x, const void* weight, const void* bias, void* out, int64_t num_rows,
+               int64_t num_columns, int64_t depth, int x_dtype, int weight_dtype, int out_dtype,
+               int level, int num_threads) {
+    return lwz_run_linear({x, weight, bias, out, num_rows, num_columns, depth, x_dtype,
+                           weight_dtype, out_dtype, level, num_threads});
 }

@@ -88,20 +88,96 @@ LWZ_INLINE void transpose(Vec8F (&rows)[kEdge]) {
     }
 }
 
+LWZ_INLINE void round_to(const float*, Vec8F&) {}
+
+LWZ_INLINE void round_to(const bf16*, Vec8F& v) {
+    bf16 narrow[kEdge];
+    write(narrow, v);
+    read(narrow, v);
+}
+
+// exp(-|x|), as wide as this instruction set has it.
+LWZ_INLINE Vec8F exp_minus_abs(const Vec8F& x) {
+    const Vec8F y = (Vec8F)((Vec8I)x | INT32_MIN);
+    VecF wide = {};
+    std::memcpy(&wide, &y, sizeof(y));
+    wide = exp_nonpositive(wide);
+    Vec8F e;
+    std::memcpy(&e, &wide, sizeof(e));
+    return e;
+}
+
+LWZ_INLINE Vec8F silu(const Vec8F& x) {
+    const Vec8F e = exp_minus_abs(x);
+    const Vec8I is_negative = (Vec8I)x >> 31;
+    const Vec8F factor = (Vec8F)(((Vec8I)e & is_negative) |
+                                 ((Vec8I)(Vec8F{} + 1.0f) & ~is_negative));
+    return x * factor / (1.0f + e);
+}
+
 template <typename T>
-void pack_typed(const LwzLinear& linear, int64_t vec) {
+float inverse_rms(const T* x, const LwzLinear& linear) {
+    Vec8F sums = {};
+    for (int64_t k = 0; k < linear.depth; k += kEdge) {
+        Vec8F v;
+        read(x + k, v);
+        sums += v * v;
+    }
+    float sum = 0.0f;
+    for (int i = 0; i < kEdge; ++i) sum += sums[i];
+    return 1.0f / __builtin_sqrtf(sum / static_cast<float>(linear.depth) + linear.norm_eps);
+}
+
+// Eight values of a row of the input at k; `scale` is the row's inverse_rms.
+template <typename T, int kInput>
+LWZ_INLINE void read_input(const LwzLinear& linear, const T* x, int64_t k, float scale, Vec8F& v) {
+    read(x + k, v);
+    if constexpr (kInput == kLwzRmsNorm) {
+        Vec8F weight;
+        read(static_cast<const T*>(linear.norm_weight) + k, weight);
+        v = v * scale * weight;
+        round_to(x, v);
+    } else if constexpr (kInput == kLwzSiluGate) {
+        Vec8F up;
+        read(x + linear.depth + k, up);
+        v = silu(v);
+        round_to(x, v);
+        v *= up;
+        round_to(x, v);
+    }
+}
+
+template <typename T, int kInput>
+void pack_input(const LwzLinear& linear, int64_t vec) {
+    const int64_t x_stride = kInput == kLwzSiluGate ? 2 * linear.depth : linear.depth;
     const T* x = static_cast<const T*>(linear.x);
     for (int lane = 0; lane < kLanes; lane += kEdge) {
         const int64_t first_row = vec * kLanes + lane;
+        float scales[kEdge] = {};
+        if constexpr (kInput == kLwzRmsNorm) {
+            for (int i = 0; i < kEdge && first_row + i < linear.num_rows; ++i) {
+                scales[i] = inverse_rms(x + (first_row + i) * x_stride, linear);
+            }
+        }
         for (int64_t k = 0; k < linear.depth; k += kEdge) {
             Vec8F square[kEdge] = {};
             for (int i = 0; i < kEdge && first_row + i < linear.num_rows; ++i) {
-                read(x + (first_row + i) * linear.depth + k, square[i]);
+                read_input<T, kInput>(linear, x + (first_row + i) * x_stride, k, scales[i],
+                                      square[i]);
             }
             transpose(square);
             float* to = linear.packed_x + (vec * linear.depth + k) * kLanes + lane;
             for (int i = 0; i < kEdge; ++i) write(to + i * kLanes, square[i]);
         }
+    }
+}
+
+template <typename T>
+void pack_typed(const LwzLinear& linear, int64_t vec) {
+    switch (linear.input) {
+        case kLwzRmsNorm: return pack_input<T, kLwzRmsNorm>(linear, vec);
+        case kLwzSiluGate: return pack_input<T, kLwzSiluGate>(linear, vec);
+        default: return pack_input<T, kLwzPlain>(linear, vec);
     }
 }
 
@@ -264,10 +340,31 @@ void accumulate(const LwzLinear& linear, int64_t begin, int64_t end, int64_t ahe
     }
 }
 
+// Rounds `count` values, adds the residual, and writes them.
+template <typename T>
+LWZ_INLINE void finish(T* out, const T* residual, int64_t count, Vec8F& v) {
+    T values[kEdge] = {};
+    const bool is_whole = count == kEdge;
+    if (residual != nullptr) {
+        if (!is_whole) std::memcpy(values, residual, count * sizeof(T));
+        Vec8F addend;
+        read(is_whole ? residual : values, addend);
+        round_to(out, v);
+        v += addend;
+    }
+    if (is_whole) {
+        write(out, v);
+    } else {
+        write(values, v);
+        std::memcpy(out, values, count * sizeof(T));
+    }
+}
+
 template <typename T>
 void write_typed(const LwzLinear& linear, int64_t begin, int64_t end, const float* acc) {
     const int64_t acc_stride = linear.num_vecs * kLanes;
     T* out = static_cast<T*>(linear.out);
+    const T* residual = static_cast<const T*>(linear.residual);
     for (int64_t row = 0; row < linear.num_rows; row += kEdge) {
         const int64_t rows = linear.num_rows - row < kEdge ? linear.num_rows - row : kEdge;
         for (int64_t column = begin; column < end; column += kEdge) {
@@ -278,14 +375,9 @@ void write_typed(const LwzLinear& linear, int64_t begin, int64_t end, const floa
             }
             transpose(square);
             for (int64_t i = 0; i < rows; ++i) {
-                T* to = out + (row + i) * linear.num_columns + column;
-                if (columns == kEdge) {
-                    write(to, square[i]);
-                } else {
-                    T values[kEdge];
-                    write(values, square[i]);
-                    std::memcpy(to, values, columns * sizeof(T));
-                }
+                const int64_t at = (row + i) * linear.num_columns + column;
+                finish(out + at, residual == nullptr ? nullptr : residual + at, columns,
+                       square[i]);
             }
         }
     }

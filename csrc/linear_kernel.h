@@ -3,20 +3,15 @@
 #ifndef LWZ_LINEAR_KERNEL_H
 #define LWZ_LINEAR_KERNEL_H
 
-#include <cstdint>
+#include "linear.h"
 
 constexpr int64_t kDepthStep = 8;
 // The sums over k run in blocks of equal size, at most this long, that are added in order.
 constexpr int64_t kMaxBlockDepth = 64;
 
-struct LwzLinear {
-    const void* x;       // [num_rows, depth]
-    const void* weight;  // [num_columns, depth]
-    const void* bias;    // [num_columns] or null
-    void* out;           // [num_rows, num_columns]
-    int64_t num_rows, num_columns, depth;
-    int x_dtype, weight_dtype, out_dtype;
-    // [num_vecs, depth, lanes]: x transposed in groups of `lanes` rows, zeros after the last row.
+struct LwzLinear : LwzLinearCall {
+    // [num_vecs, depth, lanes]: the input transposed in groups of `lanes` rows, zeros after the
+    // last row.
     float* packed_x;
     int64_t num_vecs;
 };

@@ -16,6 +16,7 @@
 #include <omp.h>
 #endif
 
+#include "bfloat16.h"
 #include "paged_attention_kernel.h"
 
 namespace {
@@ -35,21 +36,6 @@ struct Problem {
 
     int64_t group() const { return num_heads / num_kv_heads; }
 };
-
-float bf16_to_float(uint16_t bits) {
-    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-    float value;
-    std::memcpy(&value, &wide, sizeof(value));
-    return value;
-}
-
-// Round to nearest, ties to even; NaN stays NaN.
-uint16_t float_to_bf16(float value) {
-    uint32_t wide;
-    std::memcpy(&wide, &value, sizeof(wide));
-    if (std::isnan(value)) return 0x7fc0;
-    return static_cast<uint16_t>((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
-}
 
 LwzKernel kernel_of(int level) {
 #if defined(LWZ_HAVE_X86_LEVELS)
@@ -71,16 +57,8 @@ int check(const Problem& p, int64_t num_pages, int level) {
         return kLwzUnsupportedHeadSize;
     }
     if (level < kLwzGeneric || level > lwz_best_level()) return kLwzUnsupportedLevel;
-    for (int64_t b = 0; b < p.batch; ++b) {
-        const int64_t length = p.context_lens[b];
-        if (length < 0 || length > p.max_pages * p.page_size) return kLwzContextTooLong;
-        const int64_t used_pages = (length + p.page_size - 1) / p.page_size;
-        for (int64_t i = 0; i < used_pages; ++i) {
-            const int32_t page = p.page_table[b * p.max_pages + i];
-            if (page < 0 || page >= num_pages) return kLwzPageOutOfRange;
-        }
-    }
-    return kLwzOk;
+    return lwz_check_contexts(p.page_table, p.context_lens, p.batch, num_pages, p.page_size,
+                              p.max_pages);
 }
 
 // Which chunks there are, and where the partial results of each live.
@@ -221,6 +199,20 @@ void run(const Problem& p, Plan& plan, const LwzKernel& kernel, int num_threads)
 }
 
 }  // namespace
+
+int lwz_check_contexts(const int32_t* page_table, const int32_t* context_lens, int64_t batch,
+                       int64_t num_pages, int64_t page_size, int64_t max_pages) {
+    for (int64_t b = 0; b < batch; ++b) {
+        const int64_t length = context_lens[b];
+        if (length < 0 || length > max_pages * page_size) return kLwzContextTooLong;
+        const int64_t used_pages = (length + page_size - 1) / page_size;
+        for (int64_t i = 0; i < used_pages; ++i) {
+            const int32_t page = page_table[b * max_pages + i];
+            if (page < 0 || page >= num_pages) return kLwzPageOutOfRange;
+        }
+    }
+    return kLwzOk;
+}
 
 int lwz_paged_attention(const void* q, const void* k_cache, const void* v_cache,
                         const int32_t* page_table, const int32_t* context_lens, void* out,

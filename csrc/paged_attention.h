@@ -17,6 +17,10 @@ LWZ_EXPORT int lwz_paged_attention(const void* q, const void* k_cache, const voi
                                    int64_t page_size, int64_t max_pages, float softmax_scale,
                                    int dtype, int level, int num_threads);
 
+// Whether all contexts are within their tables and name pages that exist; for the library's own use.
+int lwz_check_contexts(const int32_t* page_table, const int32_t* context_lens, int64_t batch,
+                       int64_t num_pages, int64_t page_size, int64_t max_pages);
+
 // Copies row t of k and v ([num_tokens, row_bytes]) to cache row slots[t]; skips negative slots.
 // All slots are checked before the first write.
 LWZ_EXPORT int lwz_store_kv(const void* k, const void* v, void* k_cache, void* v_cache,

@@ -106,12 +106,14 @@ LWZ_INLINE void accumulate_columns(const Block<T>& block, int64_t column,
         }
     }
     for (int i = 0; i < block.num_keys; ++i) {
-        VecF v[kVecs];
+        // One vector of V and the weights of all heads: the other way round, AVX2 has one register
+        // too few, and a sum that lives on the stack holds the others up.
+        VecF weights[kHeads];
+        for (int h = 0; h < kHeads; ++h) weights[h] = splat(scores[h][i]);
         const T* row = block.v_rows[i] + column + d;
-        for (int j = 0; j < kVecs; ++j) v[j] = load(row + j * kLanes);
-        for (int h = 0; h < kHeads; ++h) {
-            const float weight = scores[h][i];
-            for (int j = 0; j < kVecs; ++j) sums[h][j] += v[j] * weight;
+        for (int j = 0; j < kVecs; ++j) {
+            const VecF v = load(row + j * kLanes);
+            for (int h = 0; h < kHeads; ++h) sums[h][j] += v * weights[h];
         }
     }
     for (int h = 0; h < kHeads; ++h) {

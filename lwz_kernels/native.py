@@ -17,6 +17,7 @@ from lwz_kernels.shared_library import load_shared_library
 
 __all__ = [
     "best_level",
+    "decode_layers",
     "is_available",
     "levels",
     "linear",
@@ -30,7 +31,7 @@ __all__ = [
     "write_dlogits_",
 ]
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 LEVELS = ("generic", "avx2", "avx512")
 HEAD_SIZE_STEP = 8
 MAX_HEAD_SIZE = 512
@@ -94,7 +95,7 @@ def linear(
     status = library.lwz_linear(
         x.data_ptr(),
         weight.data_ptr(),
-        None if bias is None else bias.data_ptr(),
+        _address(bias),
         out.data_ptr(),
         num_rows,
         weight.shape[0],
@@ -107,6 +108,85 @@ def linear(
     )
     _raise_for_status(status)
     return out
+
+
+class _DecodeLayer(ctypes.Structure):
+    """LwzDecodeLayer of csrc/decode_layers.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("attn_norm", "qkv_proj", "o_proj", "mlp_norm")),
+        *((name, ctypes.c_void_p) for name in ("gate_up_proj", "down_proj", "qkv_bias")),
+        *((name, ctypes.c_void_p) for name in ("q_norm", "k_norm", "k_cache", "v_cache")),
+    )
+
+
+class _DecodeLayersCall(ctypes.Structure):
+    """LwzDecodeLayersCall of csrc/decode_layers.h."""
+
+    _fields_ = (
+        ("layers", ctypes.POINTER(_DecodeLayer)),
+        *((name, ctypes.c_void_p) for name in ("x", "cos", "sin", "page_table", "context_lens")),
+        ("slots", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("num_layers", "batch", "hidden", "num_heads")),
+        *((name, ctypes.c_int64) for name in ("num_kv_heads", "head_size", "ff")),
+        *((name, ctypes.c_int64) for name in ("num_pages", "page_size", "max_pages")),
+        *((name, ctypes.c_float) for name in ("norm_eps", "softmax_scale")),
+        *((name, ctypes.c_int) for name in ("dtype", "level", "num_threads")),
+    )
+
+
+def decode_layers(
+    x: torch.Tensor,
+    layers: list[list[torch.Tensor | None]],
+    k_caches: torch.Tensor,
+    v_caches: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    page_table: torch.Tensor,
+    context_lens: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    num_heads: int,
+    norm_eps: float,
+    softmax_scale: float,
+    level: str | None = None,
+) -> torch.Tensor:
+    """Decoder layers, each the tensors of `DecodeLayer` in order, of contiguous CPU tensors."""
+    library = _library()
+    x = x.clone(memory_format=torch.contiguous_format)
+    _, num_pages, page_size, num_kv_heads, head_size = k_caches.shape
+    structures = (_DecodeLayer * len(layers))(
+        *(
+            _DecodeLayer(*map(_address, (*layer, k_cache, v_cache)))
+            for layer, k_cache, v_cache in zip(layers, k_caches, v_caches, strict=True)
+        )
+    )
+    down_proj = layers[0][5] if layers else None
+    call = _DecodeLayersCall(
+        structures,
+        x.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        page_table.data_ptr(),
+        context_lens.data_ptr(),
+        slot_mapping.data_ptr(),
+        len(layers),
+        *x.shape,
+        num_heads,
+        num_kv_heads,
+        head_size,
+        DEPTH_STEP if down_proj is None else down_proj.shape[1],
+        num_pages,
+        page_size,
+        page_table.shape[1],
+        norm_eps,
+        softmax_scale,
+        DTYPE_CODES[x.dtype],
+        _level_code(library, level),
+        torch.get_num_threads(),
+    )
+    _raise_for_status(library.lwz_decode_layers(ctypes.byref(call)))
+    return x
 
 
 def paged_attention(
@@ -224,8 +304,8 @@ def write_dlogits_(
         lse_C.data_ptr(),
         entropy_C.data_ptr(),
         dlogprobs_C.data_ptr(),
-        None if dentropy_C is None else dentropy_C.data_ptr(),
-        None if dlse_C is None else dlse_C.data_ptr(),
+        _address(dentropy_C),
+        _address(dlse_C),
         num_rows,
         num_columns,
         logit_scale,
@@ -249,6 +329,10 @@ def vector_exp(x: torch.Tensor, level: str) -> torch.Tensor:
     )
     _raise_for_status(status)
     return out
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _level_code(library: ctypes.CDLL, level: str | None) -> int:
@@ -315,6 +399,7 @@ def _declare(library: ctypes.CDLL) -> None:
         ctypes.c_float,
         *[i32] * 3,
     ]
+    library.lwz_decode_layers.argtypes = [pointer]
     library.lwz_linear.argtypes = [*[pointer] * 4, *[i64] * 3, *[i32] * 5]
     library.lwz_row_statistics.argtypes = [*[pointer] * 4, *[i64] * 2, *[f64] * 2, *[i32] * 2]
     library.lwz_write_dlogits.argtypes = [*[pointer] * 8, *[i64] * 2, *[f64] * 2, *[i32] * 3]
@@ -322,6 +407,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.lwz_vector_exp.argtypes = [pointer, pointer, i64, i32]
     for name in (
         "best_level",
+        "decode_layers",
         "linear",
         "paged_attention",
         "row_statistics",

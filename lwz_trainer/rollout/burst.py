@@ -17,6 +17,7 @@ from lwz_trainer.config.sections import RolloutConfig
 from lwz_trainer.model.decoder import Decoder
 from lwz_trainer.model.linear import wide_logits
 from lwz_trainer.rollout.attend import DecodeAttend
+from lwz_trainer.rollout.decode_pass import decode_pass
 from lwz_trainer.rollout.kv_cache import PagedKVCache
 from lwz_trainer.rollout.sampling import sample_tokens, uniforms_at
 
@@ -182,7 +183,7 @@ class Burst:
         slots_B = torch.where(active_B, pages_B * page_size + positions_B % page_size, -1)
         context_lens_B = torch.where(active_B, positions_B + 1, 0).int()
         attend = DecodeAttend(self._cache, rows.page_table_BP, context_lens_B, slots_B)
-        hidden_BD = self._model(rows.tokens_B, positions_B, attend)
+        hidden_BD = decode_pass(self._model, rows.tokens_B, positions_B, attend)
         drawn_B, logprobs_B = sample_tokens(
             wide_logits(hidden_BD, self._model.head_weight),
             uniforms_at(rows.keys_B, rows.num_tokens_B),

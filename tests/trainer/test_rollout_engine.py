@@ -11,6 +11,7 @@ from lwz_kernels.linear_logprobs.reference import linear_logprobs_reference
 from lwz_trainer.errors import TrainingStopped, UserError
 from lwz_trainer.rollout import RolloutInterrupted, Sample
 from lwz_trainer.rollout import burst as burst_module
+from lwz_trainer.rollout import decode_pass as decode_pass_module
 from lwz_trainer.rollout import engine as engine_module
 from tests.trainer.rollout_case import PROMPTS, load_tiny, make_engine, make_requests, sample_all
 from tests.trainer.tiny import causal_attend
@@ -222,6 +223,7 @@ def test_generate_makes_batches_smaller_when_memory_runs_out(
     expected = sample_all(make_engine(model, tokenizer), make_requests())
     numbers = {0, 1, 8, 9, 14}  # the prefill twice, then decode steps, two of them in a row
     if where == "model":
+        monkeypatch.setattr(decode_pass_module, "_runs_native", lambda model: False)
         monkeypatch.setattr(model, "forward", fail_at(numbers, model.forward, error))
     else:
         draw = fail_at(numbers, engine_module.sample_tokens, error)
