@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lwz_trainer.config.endpoint import EndpointConfig
+from lwz_trainer.config.seed import check_seed
 from lwz_trainer.errors import UserError
 
 __all__ = ["EloConfig", "EvalConfig", "GenerateConfig", "MonitorConfig"]
@@ -81,6 +82,7 @@ class GenerateConfig:
             raise UserError(f"generate.top_p must be in (0, 1], got {self.top_p}")
         if self.top_k is not None and self.top_k < 0:
             raise UserError(f"generate.top_k must be at least 0, got {self.top_k}")
+        check_seed(self.seed, "generate.seed")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise UserError(f"generate.max_tokens must be at least 1, got {self.max_tokens}")
         if self.max_num_seqs < 1 or self.kv_cache_tokens < 0:
@@ -104,10 +106,11 @@ class EloConfig:
     """Of the resampling."""
 
     def __post_init__(self) -> None:
-        if self.virtual_ties < 0 or self.num_bootstrap < 0 or self.seed < 0:
+        check_seed(self.seed, "elo.seed")
+        if self.virtual_ties < 0 or self.num_bootstrap < 0:
             raise UserError(
-                "elo.virtual_ties, elo.num_bootstrap and elo.seed must be at least 0, got "
-                f"{self.virtual_ties}, {self.num_bootstrap} and {self.seed}"
+                "elo.virtual_ties and elo.num_bootstrap must be at least 0, got "
+                f"{self.virtual_ties} and {self.num_bootstrap}"
             )
 
 

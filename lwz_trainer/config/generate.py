@@ -6,6 +6,7 @@ Each field's docstring is its help text on the command line.
 from dataclasses import dataclass
 from typing import Literal
 
+from lwz_trainer.config.seed import check_seed
 from lwz_trainer.errors import UserError
 
 __all__ = ["GENERATE_MAX_TOKENS", "GenerateCommandConfig"]
@@ -77,6 +78,7 @@ class GenerateCommandConfig:
                 "temperature must be above 0, top_p in (0, 1] and top_k at least 0, got "
                 f"{self.temperature}, {self.top_p} and {self.top_k}"
             )
+        check_seed(self.seed)
         if self.max_tokens is not None and self.max_tokens < 1:
             raise UserError(f"max_tokens must be at least 1, got {self.max_tokens}")
         if self.max_num_seqs < 1 or self.kv_cache_tokens < 0 or self.num_threads < 0:

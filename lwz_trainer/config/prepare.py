@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lwz_trainer.config.endpoint import EndpointConfig
+from lwz_trainer.config.seed import check_seed
 from lwz_trainer.errors import UserError
 
 __all__ = ["DuplicatesConfig", "LocalJudgeConfig", "PrepareConfig", "RulesConfig"]
@@ -114,7 +115,8 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         if not self.output.endswith(".jsonl"):
             raise UserError(f"output must end in .jsonl, got '{self.output}'")
-        for name in ("min_range", "max_requests", "seed"):
+        check_seed(self.seed)
+        for name in ("min_range", "max_requests"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.judge == "local" and not self.local.path:

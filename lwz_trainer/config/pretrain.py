@@ -9,6 +9,7 @@ from typing import Literal
 from lwz_trainer.config.model import ModelSection
 from lwz_trainer.config.parallel import ParallelConfig
 from lwz_trainer.config.sections import CheckpointConfig, LogConfig, OptimConfig
+from lwz_trainer.config.seed import check_seed
 from lwz_trainer.errors import UserError
 
 __all__ = ["PretrainConfig", "PretrainUpdateConfig", "TextDataConfig", "named_paths"]
@@ -116,10 +117,11 @@ class PretrainConfig:
     """Recording."""
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1 or self.num_threads < 0 or self.seed < 0:
+        check_seed(self.seed)
+        if self.num_steps < 1 or self.num_threads < 0:
             raise UserError(
-                "num_steps must be at least 1, num_threads and seed at least 0, got "
-                f"{self.num_steps}, {self.num_threads} and {self.seed}"
+                "num_steps must be at least 1 and num_threads at least 0, got "
+                f"{self.num_steps} and {self.num_threads}"
             )
         if self.device not in ("auto", "cpu", "cuda"):
             raise UserError(f"device must be auto, cpu or cuda, got '{self.device}'")

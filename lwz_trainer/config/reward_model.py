@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from lwz_trainer.config.model import ModelSection
 from lwz_trainer.config.parallel import ParallelConfig
 from lwz_trainer.config.sections import CheckpointConfig, LogConfig, OptimConfig
+from lwz_trainer.config.seed import check_seed
 from lwz_trainer.errors import UserError
 
 __all__ = ["PairDataConfig", "PairUpdateConfig", "RewardModelConfig"]
@@ -90,8 +91,7 @@ class RewardModelConfig:
             raise UserError(f"num_threads must be at least 0, got {self.num_threads}")
         if self.device not in ("auto", "cpu", "cuda"):
             raise UserError(f"device must be auto, cpu or cuda, got '{self.device}'")
-        if self.seed < 0:
-            raise UserError(f"seed must be at least 0, got {self.seed}")
+        check_seed(self.seed)
         if self.parallel.sequence != 1:
             raise UserError(
                 "a reward model is trained with whole pairs on each rank, got parallel.sequence "

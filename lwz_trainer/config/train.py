@@ -14,6 +14,7 @@ from lwz_trainer.config.sections import (
     RolloutConfig,
     UpdateConfig,
 )
+from lwz_trainer.config.seed import check_seed
 from lwz_trainer.errors import UserError
 
 __all__ = ["TrainConfig"]
@@ -61,8 +62,7 @@ class TrainConfig:
             raise UserError(f"num_threads must be at least 0, got {self.num_threads}")
         if self.device not in ("auto", "cpu", "cuda"):
             raise UserError(f"device must be auto, cpu or cuda, got '{self.device}'")
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed must be at least 0 and below 2**63, got {self.seed}")
+        check_seed(self.seed)
         if self.optim.warmup_steps >= self.num_steps and self.optim.warmup_steps > 0:
             raise UserError(
                 f"optim.warmup_steps ({self.optim.warmup_steps}) must be below num_steps "

@@ -21,6 +21,7 @@ from lwz_trainer.errors import UserError
 __all__ = [
     "BUNDLED_PROMPTS",
     "Prompt",
+    "has_utf8",
     "load_prompts",
     "prompt_language",
     "prompt_order",
@@ -197,6 +198,8 @@ def _checked_prompt(record: Any, row: int, where: str) -> Prompt | None:
         raise UserError(f"{where}: prompt must be a string, got {type(text).__name__}")
     if not text.strip():
         raise UserError(f"{where}: prompt is empty; write a request or remove the row")
+    if not has_utf8(text):
+        raise UserError(f"{where}: prompt holds half of a surrogate pair; remove that character")
 
     length_range = record.get("length_range")
     lists = {name: _texts(record, name, where) for name in ("checklist", "references")}
@@ -231,7 +234,18 @@ def _texts(record: dict[str, Any], name: str, where: str) -> tuple[str, ...]:
         not isinstance(text, str) or not text.strip() for text in texts
     ):
         raise UserError(f"{where}: {name} must be a list of texts, none of them empty")
+    if not all(map(has_utf8, texts)):
+        raise UserError(f"{where}: {name} holds half of a surrogate pair; remove that character")
     return tuple(texts)
+
+
+def has_utf8(text: str) -> bool:
+    """False for half of a surrogate pair, which JSON and command lines may hold, no tokenizer."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def prompt_language(text: str) -> str:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from lwz_trainer.config.generate import GenerateCommandConfig
 from lwz_trainer.data.length_range import explicit_length_range
-from lwz_trainer.data.prompts import Prompt, load_prompts, prompt_language
+from lwz_trainer.data.prompts import Prompt, has_utf8, load_prompts, prompt_language
 from lwz_trainer.data.templates import load_template
 from lwz_trainer.digest import short_digest
 from lwz_trainer.errors import TrainingStopped, UserError
@@ -35,6 +35,8 @@ def run_generate(config: GenerateCommandConfig) -> None:
     """The `generate` command."""
     if not config.model or not (config.prompt or config.prompts):
         raise UserError("generate needs --model, and --prompt or --prompts with --output")
+    if not has_utf8(config.prompt):
+        raise UserError("prompt is not UTF-8: check the terminal's encoding")
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     if config.prompt:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import paged_attention, qkv_rope, timing
+from bench import decode_layers, paged_attention, qkv_rope, timing
 from lwz_kernels import native
 from tests.trainer.train_case import ROOT
 
@@ -92,3 +92,38 @@ def test_qkv_rope_bench_stops_at_a_wrong_provider() -> None:
     qkv_rope._check({"right": right}, problem, "fwd_bwd")
     with pytest.raises(SystemExit, match="off is wrong"):
         qkv_rope._check({"off": lambda: [1.001 * x for x in right()]}, problem, "fwd_bwd")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_native_layers_are_faster_than_the_decoder_in_every_shape(dtype: str) -> None:
+    rows = rows_of(COMMITTED.with_name("decode_layers.csv"))
+    ratios = {
+        (int(row["batch"]), int(row["context"])): float(row["decoder_ratio"])
+        for row in rows
+        if (row["provider"], row["dtype"]) == ("native", dtype)
+    }
+    assert len(ratios) == len(decode_layers.BATCHES) * len(decode_layers.CONTEXTS)
+    assert min(ratios.values()) > 1.0
+
+
+@needs_native
+def test_decode_layers_bench_writes_a_row_for_each_provider(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(timing, "WARM_UP_S", 0.0)
+    arguments = ["--dtypes", "fp32", "--batches", "2", "--contexts", "17", "--seconds", "1"]
+    num_threads = torch.get_num_threads()
+    decode_layers.main([*arguments, "--csv", str(tmp_path / "out.csv"), "--threads", "1"])
+    torch.set_num_threads(num_threads)
+    rows = rows_of(tmp_path / "out.csv")
+    assert [(row["provider"], row["batch"], row["context"]) for row in rows] == [
+        ("native", "2", "17"),
+        ("decoder", "2", "17"),
+    ]
+    assert rows[0].keys() == rows_of(COMMITTED.with_name("decode_layers.csv"))[0].keys()
+
+
+def test_decode_layers_bench_refuses_to_time_what_differs() -> None:
+    x = torch.ones(2, 3)
+    with pytest.raises(SystemExit, match="not timed"):
+        decode_layers._check(x + 1e-3, x, x)

@@ -253,6 +253,8 @@ def test_generate_uses_what_the_context_leaves(
         ({"prompt": "a", "model": "/nowhere"}, "no model at /nowhere"),
         ({"prompts": "/nowhere.jsonl", "output": "c"}, "no such prompt file"),
         ({"prompt": "a", "temperature": 0}, "temperature must be above 0"),
+        ({"prompt": "a", "seed": 2**63}, "seed must be at least 0 and below 2**63"),
+        ({"prompt": "a \udcff"}, "prompt is not UTF-8"),
     ],
 )
 def test_generate_refuses_bad_input(

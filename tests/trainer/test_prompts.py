@@ -104,6 +104,11 @@ def test_load_prompts_drops_and_counts_zero_ranges(
         ('{"prompt": 3}', "line 2: prompt must be a string, got int"),
         ('{"prompt": null}', "line 2: prompt must be a string, got NoneType"),
         ('{"prompt": " \\n"}', "line 2: prompt is empty; write a request or remove the row"),
+        ('{"prompt": "x \\ud800"}', "line 2: prompt holds half of a surrogate pair"),
+        (
+            '{"prompt": "x", "references": ["y \\udfff"]}',
+            "line 2: references holds half of a surrogate pair",
+        ),
         ('{"prompt": "x", "length_range": 5}', r"two integers \[lo, hi\], got 5"),
         ('{"prompt": "x", "length_range": [5]}', r"two integers \[lo, hi\], got \[5\]"),
         ('{"prompt": "x", "length_range": [1.0, 2]}', r"two integers .* got \[1.0, 2\]"),
