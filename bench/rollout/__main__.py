@@ -207,7 +207,7 @@ def _rows(turns: dict[tuple[str, str], _Turns], workload: Workload) -> list[dict
         row: dict[str, Any] = {
             "provider": name,
             "dtype": dtype,
-            "status": seen.reason.partition(":")[0] or "ok",
+            "status": seen.reason.partition(":")[0] or ("ok" if seen.tokens_per_s else "not run"),
             "batch": workload.batch,
             "new_tokens": workload.num_tokens,
             "prompt_tokens": sum(map(len, workload.prompts)) * workload.group_size,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.rollout.__main__ import COLUMNS, main
+from bench.rollout.__main__ import COLUMNS, _rows, _Turns, main
 from bench.rollout.gate import Gate
 from bench.rollout.workload import Answer, Workload
 from tests.trainer.tiny import make_tiny_model
@@ -39,6 +39,12 @@ def test_rollout_bench_writes_a_row_for_each_provider(tmp_path: Path) -> None:
 def test_rollout_bench_says_why_a_provider_failed(tmp_path: Path) -> None:
     (row,) = run_bench(tmp_path, "--providers", "vllm_eager", "--vllm-python", "/bin/false")
     assert (row["status"], row["reason"]) == ("error", "error: nothing on stderr")
+
+
+def test_rollout_bench_does_not_call_ok_what_had_no_turn() -> None:
+    workload = Workload("model", "fp32", [[5]], group_size=1, num_tokens=1, seed=0, threads=1)
+    (row,) = _rows({("lwz", "fp32"): _Turns()}, workload)
+    assert (row["status"], row["rounds"]) == ("not run", 0)
 
 
 @pytest.fixture(scope="module")

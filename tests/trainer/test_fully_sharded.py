@@ -88,22 +88,25 @@ def make_cases() -> Iterator[Case]:
 CASES = list(make_cases())
 
 
-def live_bytes() -> int:
-    """Of all tensors' storages in this process."""
+def live_tensors() -> list[Tensor]:
+    """All tensors of this process."""
     gc.collect()
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for tensor in gc.get_objects()
-        if type(tensor) in (Tensor, torch.nn.Parameter)
-    }
-    return sum(storages.values())
+    return [tensor for tensor in gc.get_objects() if type(tensor) in (Tensor, torch.nn.Parameter)]
+
+
+def num_bytes(tensors: list[Tensor]) -> int:
+    """Of their storages, each once."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def run_case(
     case: Case, folder: Path, rank: int, samples: list[TrainSample] | None = None
 ) -> dict[str, Any]:
     """Two optimizer steps of this rank's share; what they left behind."""
-    before = live_bytes()
+    # Held until the measurement: what an earlier case left, and some thread of the process group
+    # lets go meanwhile, would be subtracted though it is no longer there.
+    before = live_tensors()
     group = dist.group.WORLD if case.world_size > 1 else None
     ranks = Ranks(rank, case.world_size, torch.device("cpu"), group)
     parallel = ParallelConfig(
@@ -145,7 +148,8 @@ def run_case(
     with mock.patch.object(policy_update, "make_idle_work", wraps=make_idle_work) as idle:
         values = update.run(mine, num_groups=2, lr=0.5).values
     del update  # it keeps what it knows of the samples
-    held = live_bytes() - before
+    held = num_bytes(live_tensors()) - num_bytes(before)
+    del before
     grads = {}
     for name, parameter in weights.trained.named_parameters():
         grad = parameter.main_grad if group is None else parameter.grad.full_tensor()
