@@ -98,7 +98,7 @@ def _attend(
     for row, length in enumerate(context_lens.tolist()):
         if length == 0:
             continue
-        positions = torch.arange(length)
+        positions = torch.arange(length, device=q.device)
         pages = page_table[row].long()[positions // page_size]
         k_LHK = _wide(k_cache[pages, positions % page_size]).repeat_interleave(group, dim=1)
         v_LHK = _wide(v_cache[pages, positions % page_size]).repeat_interleave(group, dim=1)
