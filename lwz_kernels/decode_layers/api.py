@@ -192,7 +192,7 @@ def _check(
             f"got {[*cos.shape]} and {[*sin.shape]}"
         )
     for layer in layers:
-        _check_layer(layer, x.shape[1], num_heads, num_kv_heads, head_size)
+        _check_layer(layer, layers[0], x.shape[1], num_heads, num_kv_heads, head_size)
     weights = [tensor for layer in layers for tensor in layer if tensor is not None]
     everything = (x, k_caches, v_caches, cos, sin, *weights)
     if any(tensor.dtype != x.dtype for tensor in everything) or not x.is_floating_point():
@@ -208,9 +208,15 @@ def _check(
 
 
 def _check_layer(
-    layer: list[Tensor | None], hidden: int, num_heads: int, num_kv_heads: int, head_size: int
+    layer: list[Tensor | None],
+    first: list[Tensor | None],
+    hidden: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
 ) -> None:
-    down_proj, q_norm, k_norm = layer[5], layer[7], layer[8]
+    """All layers have the feed-forward size of the first one."""
+    down_proj, q_norm, k_norm = first[5], layer[7], layer[8]
     assert down_proj is not None
     q_size, ff = num_heads * head_size, down_proj.shape[-1]
     qkv_size = q_size + 2 * num_kv_heads * head_size

@@ -222,6 +222,10 @@ def test_refuses_what_it_cannot_do() -> None:
     wrong = DecodeLayer(layer.attn_norm[:8], *layer.tensors()[1:])
     with pytest.raises(ValueError, match=r"expected attn_norm \[48\], got \[8\]"):
         call(layers=[wrong, wrong])
+    narrow = layer.tensors()
+    narrow[4], narrow[5] = layer.gate_up_proj[:16], layer.down_proj[:, :8].contiguous()
+    with pytest.raises(ValueError, match=r"expected gate_up_proj \[176, 48\], got \[16, 48\]"):
+        call(layers=[layer, DecodeLayer(*narrow)])
     with pytest.raises(RuntimeError, match="has no backward"):
         call(x=problem["x"].clone().requires_grad_())
     wide = {name: problem[name].double() for name in ("x", "k_caches", "v_caches", "cos", "sin")}

@@ -16,6 +16,7 @@ from lwz_trainer.rollout.attend import DecodeAttend
 from lwz_trainer.rollout.decode_pass import decode_pass
 from lwz_trainer.rollout.kv_cache import PagedKVCache
 from tests.trainer.rollout_case import load_tiny, make_engine, make_requests, sample_all
+from tests.trainer.test_model_decoder import YARN_ROPE
 from tests.trainer.tiny import make_tiny_model
 
 needs_native = pytest.mark.skipif(
@@ -23,19 +24,9 @@ needs_native = pytest.mark.skipif(
 )
 CONTEXTS = [1, 17, 8, 40, 0]
 PAGE_SIZE = 8
-YARN = {
-    "rope_parameters": {
-        "rope_type": "yarn",
-        "rope_theta": 10000.0,
-        "factor": 4.0,
-        "original_max_position_embeddings": 64,
-        "beta_fast": 4.0,
-        "beta_slow": 0.5,
-    }
-}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
-    "yarn": ("llama", YARN),
+    "yarn": ("llama", {"rope_parameters": YARN_ROPE}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
 }
