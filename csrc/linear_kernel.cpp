@@ -11,15 +11,16 @@
 namespace {
 
 // Columns of a register tile for 1, 2, .. vectors of rows: columns * vectors accumulators, the
-// vectors of x, and one broadcast weight have to fit the registers.
+// first kHeldVecs vectors of x, and one broadcast weight have to fit the registers.
 #if defined(__AVX512F__)
 constexpr int kTileColumns[] = {8, 8, 8};
 #elif defined(__AVX2__)
-constexpr int kTileColumns[] = {8, 6, 4};
+constexpr int kTileColumns[] = {8, 6, 4, 3};
 #else
 constexpr int kTileColumns[] = {4, 2};
 #endif
 constexpr int kMaxTileVecs = sizeof(kTileColumns) / sizeof(kTileColumns[0]);
+constexpr int kHeldVecs = 3;
 constexpr int kMaxTileColumns = 8;
 // What a pass reads of x^T for one tile, 192 KiB at most, stays in the L2 cache.
 constexpr int64_t kPassBlocks = 32;
@@ -208,18 +209,34 @@ LWZ_INLINE void prefetch(const Tile<T>& tile, int64_t k) {
     for (int c = 0; c < kColumns; ++c) __builtin_prefetch(tile.ahead + c * tile.stride + k);
 }
 
+// sum += *x * w. The compiler would give *x a register and keep a sum on the stack for it.
+LWZ_INLINE void add_product_in_place(const float* x, const VecF& w, VecF& sum) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const auto& lanes = *reinterpret_cast<const float(*)[kLanes]>(x);
+    asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(w), "m"(lanes));
+#else
+    sum += load(x) * w;
+#endif
+}
+
 // acc[c][v] += sum_k weight[c][k] * x[v][k]
 template <typename T, int kColumns, int kVecs>
 LWZ_INLINE void multiply(const Tile<T>& tile, const float* weight, int64_t stride) {
+    constexpr int kHeld = kVecs < kHeldVecs ? kVecs : kHeldVecs;
     VecF sums[kColumns][kVecs] = {};
     for (int64_t block = 0; block < tile.depth; block += kDepthStep) {
         prefetch<T, kColumns>(tile, block);
+#pragma GCC unroll 8
         for (int64_t k = block; k < block + kDepthStep; ++k) {
-            VecF x[kVecs];
-            for (int v = 0; v < kVecs; ++v) x[v] = load(tile.x + v * tile.x_stride + k * kLanes);
+            const float* from = tile.x + k * kLanes;
+            VecF x[kHeld];
+            for (int v = 0; v < kHeld; ++v) x[v] = load(from + v * tile.x_stride);
             for (int c = 0; c < kColumns; ++c) {
                 const VecF w = splat(weight[c * stride + k]);
-                for (int v = 0; v < kVecs; ++v) sums[c][v] += x[v] * w;
+                for (int v = 0; v < kHeld; ++v) sums[c][v] += x[v] * w;
+                for (int v = kHeld; v < kVecs; ++v) {
+                    add_product_in_place(from + v * tile.x_stride, w, sums[c][v]);
+                }
             }
         }
     }
@@ -318,13 +335,16 @@ void accumulate_typed(const LwzLinear& linear, int64_t begin, int64_t end, int64
         const int64_t pass_end = depth - k < pass_depth ? depth : k + pass_depth;
         const Pass pass{k, pass_end, block_depth, pass_end == depth};
         for (int64_t i = 0; i < num_tiles; ++i) {
-            // Equal tiles: 4 vectors run as 2 + 2 rather than 3 + 1.
+            // Equal tiles: 6 vectors run as 3 + 3 rather than 4 + 2.
             const int64_t vec = i * linear.num_vecs / num_tiles;
             switch ((i + 1) * linear.num_vecs / num_tiles - vec) {
                 case 1: accumulate_vecs<T, 1>(linear, begin, end, ahead, vec, pass, acc); break;
                 case 2: accumulate_vecs<T, 2>(linear, begin, end, ahead, vec, pass, acc); break;
 #if defined(__AVX2__)
                 case 3: accumulate_vecs<T, 3>(linear, begin, end, ahead, vec, pass, acc); break;
+#endif
+#if defined(__AVX2__) && !defined(__AVX512F__)
+                case 4: accumulate_vecs<T, 4>(linear, begin, end, ahead, vec, pass, acc); break;
 #endif
                 default: __builtin_unreachable();  // a tile has at most kMaxTileVecs
             }
