@@ -50,28 +50,29 @@ def sample_tokens(
     Returns:
         tokens [B] int64, logprobs [B] fp32, natural log.
     """
-    logits_BV = logits.div_(temperature)
+    logits_BV = logits.div_(temperature) if temperature != 1 else logits
     if top_k > 0 or top_p < 1:
         _truncate(logits_BV, top_p=top_p, top_k=top_k)
-    probs_BV = logits_BV.sub_(torch.logsumexp(logits_BV, dim=-1, keepdim=True)).exp_()
-    pad = -probs_BV.shape[1] % BLOCK
+    mass_BV = logits_BV.sub_(logits_BV.amax(-1, keepdim=True)).exp_()
+    pad = -mass_BV.shape[1] % BLOCK
     if pad:
-        probs_BV = torch.nn.functional.pad(probs_BV, (0, pad))
-    blocks_BCS = probs_BV.view(len(probs_BV), -1, BLOCK)
+        mass_BV = torch.nn.functional.pad(mass_BV, (0, pad))
+    blocks_BCS = mass_BV.view(len(mass_BV), -1, BLOCK)
 
     # Two levels, so that no [B, V] cumulative sum is needed: first the block, then the token in it.
     cumulative_BC = blocks_BCS.sum(-1).double().cumsum(-1)
-    target_B1 = uniforms[:, None] * cumulative_BC[:, -1:]
+    total_B1 = cumulative_BC[:, -1:]
+    target_B1 = uniforms[:, None] * total_B1
     block_B1 = torch.searchsorted(cumulative_BC, target_B1, right=True)
     block_B1.clamp_(max=cumulative_BC.shape[1] - 1)
     before_B1 = torch.where(block_B1 > 0, cumulative_BC.gather(1, (block_B1 - 1).clamp(min=0)), 0.0)
-    probs_BS = blocks_BCS.gather(1, block_B1[:, :, None].expand(-1, 1, BLOCK)).squeeze(1)
-    offset_B1 = torch.searchsorted(probs_BS.double().cumsum(-1), target_B1 - before_B1, right=True)
+    mass_BS = blocks_BCS.gather(1, block_B1[:, :, None].expand(-1, 1, BLOCK)).squeeze(1)
+    offset_B1 = torch.searchsorted(mass_BS.double().cumsum(-1), target_B1 - before_B1, right=True)
     # Rounding may push the target past the block's mass: the last token that can be drawn is meant.
-    columns = torch.arange(BLOCK, device=probs_BS.device)
-    last_B1 = torch.where(probs_BS > 0, columns, 0).amax(-1, keepdim=True)
+    columns = torch.arange(BLOCK, device=mass_BS.device)
+    last_B1 = torch.where(mass_BS > 0, columns, 0).amax(-1, keepdim=True)
     offset_B1 = torch.minimum(offset_B1, last_B1)
-    logprobs_B = probs_BS.gather(1, offset_B1).log().squeeze(1)
+    logprobs_B = (mass_BS.gather(1, offset_B1) / total_B1).log().float().squeeze(1)
     return (block_B1 * BLOCK + offset_B1).squeeze(1), logprobs_B
 
 
