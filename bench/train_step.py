@@ -1,11 +1,14 @@
 """One GRPO step against TRL's `GRPOTrainer`: same model, prompts, batch, tokens, precision, CPU.
 
 Each side trains in a process of its own, alternating; the first step of a process is a warm-up.
-Both see a copy of the model whose end token is one that is practically never sampled, so every
-completion has exactly the same number of tokens. TRL runs in each of the settings listed in
-`TRL_SETTINGS`; compare with its best.
+TRL runs in each of the settings listed in `TRL_SETTINGS`; compare with its best. Two workloads:
 
-    python -m bench.train_step --csv bench/results/cpu/train_step.csv
+- `fixed`: both see a copy of the model whose end token is one that is practically never sampled,
+  so every completion has exactly the same number of tokens.
+- `natural`: the model as it is, asked in its chat format. Answers end by themselves, most of them
+  long before the limit that some reach; both sides report how many tokens they sampled.
+
+    python -m bench.train_step --workload natural --csv bench/results/cpu/train_step_natural.csv
 
 Needs `pip install trl==1.16.0`.
 """
@@ -18,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +33,38 @@ PROMPTS = [
     "Write a note of thanks to a teacher.",
     "Explain in a few sentences why people like dogs.",
 ]
-# Tokens of one completion, completions of one prompt, prompts of one step.
-NUM_TOKENS, GROUP_SIZE, NUM_PROMPTS = 128, 8, 1
+GROUP_SIZE = 8
 RARE_TOKEN = "<reponame>"
-TRL_SETTINGS: dict[str, dict[str, Any]] = {
-    "trl": {"gradient_checkpointing": True},
-    "trl, no checkpointing": {"gradient_checkpointing": False},
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What both sides are given."""
+
+    max_tokens: int
+    """Of one completion."""
+    num_prompts: int
+    """Of one step."""
+    template: str
+    microbatch_tokens: int
+    """Of this trainer; TRL's micro-batches are among its settings."""
+
+    @property
+    def num_completions(self) -> int:
+        return self.num_prompts * GROUP_SIZE
+
+
+WORKLOADS = {
+    "fixed": Workload(128, 1, "{question}\n<answer>", 256),
+    "natural": Workload(
+        512, 2, "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n", 1024
+    ),
+}
+# Completions of a micro-batch (0: all of the step), and arguments of GRPOConfig.
+TRL_SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
+    "trl": (0, {"gradient_checkpointing": True}),
+    "trl, no checkpointing": (0, {"gradient_checkpointing": False}),
+    "trl, no checkpointing, micro-batches of 2": (2, {"gradient_checkpointing": False}),
 }
 OURS = "lwz"
 
@@ -45,6 +75,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each process")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--workload", choices=tuple(WORKLOADS), default="fixed")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -53,7 +84,7 @@ def main() -> None:
         print(json.dumps(child(args) | {"peak_gb": peak_gb()}))
         return
     with tempfile.TemporaryDirectory() as folder:
-        model = prepare_model(Path(folder) / "model")
+        model = prepare_model(Path(folder) / "model", ends=args.workload == "natural")
         rows = [
             run_child(provider, model, args)
             for _ in range(args.rounds)
@@ -62,18 +93,19 @@ def main() -> None:
     write_rows(rows, args)
 
 
-def prepare_model(target: Path) -> Path:
-    """SmolLM2 with an end token that it does not write."""
+def prepare_model(target: Path, *, ends: bool) -> Path:
+    """SmolLM2; without `ends`, with an end token that it does not write."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from lwz_trainer.model.source import BUILTIN_MODEL, resolve_model_dir
 
     source = resolve_model_dir(BUILTIN_MODEL)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    tokenizer.eos_token = tokenizer.pad_token = RARE_TOKEN
     model = AutoModelForCausalLM.from_pretrained(source)
-    for config in (model.config, model.generation_config):
-        config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
+    if not ends:
+        tokenizer.eos_token = tokenizer.pad_token = RARE_TOKEN
+        for config in (model.config, model.generation_config):
+            config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     return target
@@ -81,7 +113,7 @@ def prepare_model(target: Path) -> Path:
 
 def run_child(provider: str, model: Path, args: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, "-m", "bench.train_step", "--child", provider, "--model", str(model)]
-    command += ["--steps", str(args.steps), "--dtype", args.dtype]
+    command += ["--steps", str(args.steps), "--dtype", args.dtype, "--workload", args.workload]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise SystemExit(f"{provider} failed:\n{result.stderr[-3000:]}")
@@ -95,13 +127,14 @@ def run_ours(args: argparse.Namespace) -> dict[str, Any]:
     from lwz_trainer.config.train import TrainConfig
     from lwz_trainer.train.loop import run_train
 
+    workload = WORKLOADS[args.workload]
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder) / "prompts.jsonl"
         prompts.write_text(
             "\n".join(json.dumps({"prompt": p, "length_range": [40, 80]}) for p in PROMPTS)
         )
         template = Path(folder) / "plain.txt"
-        template.write_text("{question}\n<answer>")
+        template.write_text(workload.template)
         settings = {
             "output_dir": f"{folder}/run",
             "num_steps": args.steps + 1,
@@ -109,16 +142,16 @@ def run_ours(args: argparse.Namespace) -> dict[str, Any]:
             "data": {
                 "prompts": str(prompts),
                 "template": str(template),
-                "prompts_per_step": NUM_PROMPTS,
+                "prompts_per_step": workload.num_prompts,
             },
             "rollout": {
                 "group_size": GROUP_SIZE,
-                "max_completion_tokens": NUM_TOKENS,
+                "max_completion_tokens": workload.max_tokens,
                 "temperature": 1.0,
                 "stop": [],
             },
             "loss": {"loss_type": "dapo"},
-            "update": {"microbatch_tokens": 256},
+            "update": {"microbatch_tokens": workload.microbatch_tokens},
             "optim": {"lr": 1e-6},
             "checkpoint": {"every": 0, "export": False},
             "log": {"tensorboard": False, "progress": False},
@@ -128,10 +161,12 @@ def run_ours(args: argparse.Namespace) -> dict[str, Any]:
         run_train(load_config(TrainConfig, config_file))
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines][1:]
-    assert all(record["tokens/completion_mean"] == NUM_TOKENS for record in records)
+    tokens = [record["tokens/completion_mean"] for record in records]
+    check_tokens(tokens, args)
     return {
         "step_s": [record["time/step_s"] for record in records],
         "rollout_s": [record["time/rollout_s"] for record in records],
+        "tokens": tokens,
     }
 
 
@@ -143,6 +178,9 @@ def run_trl(args: argparse.Namespace) -> dict[str, Any]:
 
     from lwz_trainer.rewards.text import count_words
 
+    workload = WORKLOADS[args.workload]
+    num_at_once, settings = TRL_SETTINGS[args.child]
+    num_at_once = num_at_once or workload.num_completions
     times: list[float] = []
 
     class Clock(TrainerCallback):
@@ -162,15 +200,17 @@ def run_trl(args: argparse.Namespace) -> dict[str, Any]:
             model=AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32),
             processing_class=tokenizer,
             reward_funcs=length,
-            train_dataset=Dataset.from_list([{"prompt": f"{p}\n<answer>"} for p in PROMPTS]),
+            train_dataset=Dataset.from_list(
+                [{"prompt": workload.template.replace("{question}", p)} for p in PROMPTS]
+            ),
             args=GRPOConfig(
                 output_dir=folder,
                 use_cpu=True,
                 bf16=args.dtype == "bf16",
-                per_device_train_batch_size=GROUP_SIZE * NUM_PROMPTS,
-                gradient_accumulation_steps=1,
+                per_device_train_batch_size=num_at_once,
+                gradient_accumulation_steps=workload.num_completions // num_at_once,
                 num_generations=GROUP_SIZE,
-                max_completion_length=NUM_TOKENS,
+                max_completion_length=workload.max_tokens,
                 temperature=1.0,
                 beta=0.0,
                 loss_type="dapo",
@@ -180,14 +220,20 @@ def run_trl(args: argparse.Namespace) -> dict[str, Any]:
                 report_to=[],
                 logging_steps=1,
                 disable_tqdm=True,
-                **TRL_SETTINGS[args.child],
+                **settings,
             ),
             callbacks=[Clock()],
         )
         trainer.train()
         log = [entry for entry in trainer.state.log_history if "completions/mean_length" in entry]
-    assert all(entry["completions/mean_length"] == NUM_TOKENS for entry in log), log
-    return {"step_s": times[1:], "rollout_s": []}
+    tokens = [entry["completions/mean_length"] for entry in log][1:]
+    check_tokens(tokens, args)
+    return {"step_s": times[1:], "rollout_s": [], "tokens": tokens}
+
+
+def check_tokens(tokens: list[float], args: argparse.Namespace) -> None:
+    workload = WORKLOADS[args.workload]
+    assert args.workload == "natural" or set(tokens) == {workload.max_tokens}, tokens
 
 
 def peak_gb() -> float:
@@ -200,6 +246,7 @@ def write_rows(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     import transformers
     import trl
 
+    workload = WORKLOADS[args.workload]
     summary: list[dict[str, Any]] = []
     for provider in (OURS, *TRL_SETTINGS):
         own = [row for row in rows if row["provider"] == provider]
@@ -209,8 +256,12 @@ def write_rows(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
             {
                 "provider": provider,
                 "dtype": args.dtype,
-                "completions": GROUP_SIZE * NUM_PROMPTS,
-                "completion_tokens": NUM_TOKENS,
+                "workload": args.workload,
+                "completions": workload.num_completions,
+                "max_completion_tokens": workload.max_tokens,
+                "mean_completion_tokens": round(
+                    statistics.mean(tokens for row in own for tokens in row["tokens"]), 1
+                ),
                 "median_step_s": round(statistics.median(steps), 2),
                 "min_step_s": round(min(steps), 2),
                 "max_step_s": round(max(steps), 2),
