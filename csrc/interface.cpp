@@ -9,6 +9,7 @@ int lwz_best_level() {
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+        if (__builtin_cpu_supports("avx512bf16")) return kLwzAvx512Bf16;
         return kLwzAvx512;
     }
     if (has_avx2) return kLwzAvx2;

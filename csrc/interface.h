@@ -24,7 +24,8 @@ enum LwzStatus : int {
 enum LwzDtype : int { kLwzFloat32 = 0, kLwzBFloat16 = 1 };
 
 // Instruction sets that the kernels are compiled for, narrowest first.
-enum LwzLevel : int { kLwzGeneric = 0, kLwzAvx2 = 1, kLwzAvx512 = 2 };
+// kLwzAvx512Bf16 multiplies pairs of bf16.
+enum LwzLevel : int { kLwzGeneric = 0, kLwzAvx2 = 1, kLwzAvx512 = 2, kLwzAvx512Bf16 = 3 };
 
 LWZ_EXPORT int lwz_abi_version();
 

@@ -29,6 +29,7 @@ Floats allocate(int64_t count) {
 
 LwzLinearKernel kernel_of(int level) {
 #if defined(LWZ_HAVE_X86_LEVELS)
+    if (level == kLwzAvx512Bf16) return lwz_linear_avx512_bf16();
     if (level == kLwzAvx512) return lwz_linear_avx512();
     if (level == kLwzAvx2) return lwz_linear_avx2();
 #endif

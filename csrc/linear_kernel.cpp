@@ -5,6 +5,8 @@
 // and every output element is one chain of multiply-adds along k, the same for any number of rows.
 #include "linear_kernel.h"
 
+#include <type_traits>
+
 #include "interface.h"
 #include "simd.h"
 
@@ -26,6 +28,24 @@ constexpr int kMaxTileColumns = 8;
 constexpr int64_t kPassBlocks = 32;
 constexpr int kLineBytes = 64;
 constexpr int kEdge = 8;  // of the squares that are transposed
+
+// Two neighbours along k, the first in the lower half, for the instructions that multiply and add
+// both.
+struct __attribute__((packed, may_alias)) Pair {
+    uint32_t bits;
+};
+
+// Values along k in one element of the weight, and the elements in kDepthStep values.
+template <typename T>
+constexpr int kPerElement = std::is_same<T, Pair>::value ? 2 : 1;
+template <typename T>
+constexpr int64_t kStep = kDepthStep / kPerElement<T>;
+
+#if defined(__AVX512BF16__)
+LWZ_INLINE bool multiplies_pairs(const LwzLinear& linear) {
+    return linear.x_dtype == kLwzBFloat16 && linear.weight_dtype == kLwzBFloat16;
+}
+#endif
 
 typedef float Vec8F __attribute__((vector_size(32)));
 typedef uint32_t Vec8U __attribute__((vector_size(32)));
@@ -148,6 +168,24 @@ LWZ_INLINE void read_input(const LwzLinear& linear, const T* x, int64_t k, float
     }
 }
 
+LWZ_INLINE void write_packed(const LwzLinear& linear, int64_t vec, int64_t k, int lane,
+                             const Vec8F (&square)[kEdge]) {
+#if defined(__AVX512BF16__)
+    if (multiplies_pairs(linear)) {
+        float* to = linear.packed_x + (vec * linear.depth + k) / 2 * kLanes + lane;
+        for (int i = 0; i < kEdge; i += 2) {
+            // Exact: the values are those of bf16 already.
+            const Vec8U pairs =
+                ((Vec8U)square[i] >> 16) | ((Vec8U)square[i + 1] & 0xffff0000u);
+            write(to + i / 2 * kLanes, (Vec8F)pairs);
+        }
+        return;
+    }
+#endif
+    float* to = linear.packed_x + (vec * linear.depth + k) * kLanes + lane;
+    for (int i = 0; i < kEdge; ++i) write(to + i * kLanes, square[i]);
+}
+
 template <typename T, int kInput>
 void pack_input(const LwzLinear& linear, int64_t vec) {
     const int64_t x_stride = kInput == kLwzSiluGate ? 2 * linear.depth : linear.depth;
@@ -167,8 +205,7 @@ void pack_input(const LwzLinear& linear, int64_t vec) {
                                       square[i]);
             }
             transpose(square);
-            float* to = linear.packed_x + (vec * linear.depth + k) * kLanes + lane;
-            for (int i = 0; i < kEdge; ++i) write(to + i * kLanes, square[i]);
+            write_packed(linear, vec, k, lane, square);
         }
     }
 }
@@ -190,13 +227,14 @@ void pack(const LwzLinear& linear, int64_t vec) {
     }
 }
 
-// The part of the problem that one register tile works on, over one block of k.
+// The part of the problem that one register tile works on, over one block of k. Where T is Pair,
+// everything that counts along k counts pairs.
 template <typename T>
 struct Tile {
     const T* weight;  // first column, first k of the block
     const T* ahead;   // where the tile that comes next begins: prefetched, never read
     int64_t stride;   // elements between two columns of both
-    const float* x;   // [vecs, .., kLanes], first k of the block
+    const float* x;   // [vecs, .., kLanes], first k of the block; lanes of pairs for Pair
     int64_t x_stride;
     int64_t depth;
     float* acc;
@@ -209,31 +247,44 @@ LWZ_INLINE void prefetch(const Tile<T>& tile, int64_t k) {
     for (int c = 0; c < kColumns; ++c) __builtin_prefetch(tile.ahead + c * tile.stride + k);
 }
 
+LWZ_INLINE void add_product(const VecF& x, float w, VecF& sum) { sum += x * splat(w); }
+
 // sum += *x * w. The compiler would give *x a register and keep a sum on the stack for it.
-LWZ_INLINE void add_product_in_place(const float* x, const VecF& w, VecF& sum) {
+LWZ_INLINE void add_product_in_place(const float* x, float w, VecF& sum) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
     const auto& lanes = *reinterpret_cast<const float(*)[kLanes]>(x);
-    asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(w), "m"(lanes));
+    asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(splat(w)), "m"(lanes));
 #else
-    sum += load(x) * w;
+    add_product(load(x), w, sum);
 #endif
 }
 
+#if defined(__AVX512BF16__)
+LWZ_INLINE void add_product(const VecF& x, Pair w, VecF& sum) {
+    sum = (VecF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x,
+                                 (__m512bh)_mm512_set1_epi32(static_cast<int>(w.bits)));
+}
+
+LWZ_INLINE void add_product_in_place(const float* x, Pair w, VecF& sum) {
+    add_product(load(x), w, sum);
+}
+#endif
+
 // acc[c][v] += sum_k weight[c][k] * x[v][k]
-template <typename T, int kColumns, int kVecs>
-LWZ_INLINE void multiply(const Tile<T>& tile, const float* weight, int64_t stride) {
+template <typename T, int kColumns, int kVecs, typename Weight>
+LWZ_INLINE void multiply(const Tile<T>& tile, const Weight* weight, int64_t stride) {
     constexpr int kHeld = kVecs < kHeldVecs ? kVecs : kHeldVecs;
     VecF sums[kColumns][kVecs] = {};
-    for (int64_t block = 0; block < tile.depth; block += kDepthStep) {
+    for (int64_t block = 0; block < tile.depth; block += kStep<T>) {
         prefetch<T, kColumns>(tile, block);
 #pragma GCC unroll 8
-        for (int64_t k = block; k < block + kDepthStep; ++k) {
+        for (int64_t k = block; k < block + kStep<T>; ++k) {
             const float* from = tile.x + k * kLanes;
             VecF x[kHeld];
             for (int v = 0; v < kHeld; ++v) x[v] = load(from + v * tile.x_stride);
             for (int c = 0; c < kColumns; ++c) {
-                const VecF w = splat(weight[c * stride + k]);
-                for (int v = 0; v < kHeld; ++v) sums[c][v] += x[v] * w;
+                const Weight w = weight[c * stride + k];
+                for (int v = 0; v < kHeld; ++v) add_product(x[v], w, sums[c][v]);
                 for (int v = kHeld; v < kVecs; ++v) {
                     add_product_in_place(from + v * tile.x_stride, w, sums[c][v]);
                 }
@@ -252,6 +303,13 @@ template <int kColumns, int kVecs>
 void multiply_tile(const Tile<float>& tile) {
     multiply<float, kColumns, kVecs>(tile, tile.weight, tile.stride);
 }
+
+#if defined(__AVX512BF16__)
+template <int kColumns, int kVecs>
+void multiply_tile(const Tile<Pair>& tile) {
+    multiply<Pair, kColumns, kVecs>(tile, tile.weight, tile.stride);
+}
+#endif
 
 template <int kColumns, int kVecs>
 void multiply_tile(const Tile<bf16>& tile) {
@@ -288,7 +346,7 @@ void accumulate_vecs(const LwzLinear& linear, int64_t begin, int64_t end, int64_
                      int64_t vec, const Pass& pass, float* acc) {
     constexpr int kColumns = kTileColumns[kVecs - 1];
     const T* weight = static_cast<const T*>(linear.weight);
-    const int64_t depth = linear.depth;
+    const int64_t depth = linear.depth / kPerElement<T>;
     Tile<T> tile;
     tile.stride = depth;
     tile.x_stride = depth * kLanes;
@@ -324,13 +382,12 @@ void initialize(const LwzLinear& linear, int64_t begin, int64_t end, float* acc)
 template <typename T>
 void accumulate_typed(const LwzLinear& linear, int64_t begin, int64_t end, int64_t ahead,
                       float* acc) {
-    const int64_t depth = linear.depth;
+    const int64_t depth = linear.depth / kPerElement<T>;
     const int64_t num_blocks = (depth + kMaxBlockDepth - 1) / kMaxBlockDepth;
-    const int64_t steps = depth / kDepthStep;
-    const int64_t block_depth = (steps + num_blocks - 1) / num_blocks * kDepthStep;
+    const int64_t steps = depth / kStep<T>;
+    const int64_t block_depth = (steps + num_blocks - 1) / num_blocks * kStep<T>;
     const int64_t pass_depth = kPassBlocks * block_depth;
     const int64_t num_tiles = (linear.num_vecs + kMaxTileVecs - 1) / kMaxTileVecs;
-    initialize<T>(linear, begin, end, acc);
     for (int64_t k = 0; k < depth; k += pass_depth) {
         const int64_t pass_end = depth - k < pass_depth ? depth : k + pass_depth;
         const Pass pass{k, pass_end, block_depth, pass_end == depth};
@@ -353,11 +410,15 @@ void accumulate_typed(const LwzLinear& linear, int64_t begin, int64_t end, int64
 }
 
 void accumulate(const LwzLinear& linear, int64_t begin, int64_t end, int64_t ahead, float* acc) {
-    if (linear.weight_dtype == kLwzBFloat16) {
-        accumulate_typed<bf16>(linear, begin, end, ahead, acc);
-    } else {
-        accumulate_typed<float>(linear, begin, end, ahead, acc);
+    if (linear.weight_dtype != kLwzBFloat16) {
+        initialize<float>(linear, begin, end, acc);
+        return accumulate_typed<float>(linear, begin, end, ahead, acc);
     }
+    initialize<bf16>(linear, begin, end, acc);
+#if defined(__AVX512BF16__)
+    if (multiplies_pairs(linear)) return accumulate_typed<Pair>(linear, begin, end, ahead, acc);
+#endif
+    accumulate_typed<bf16>(linear, begin, end, ahead, acc);
 }
 
 // Rounds `count` values, adds the residual, and writes them.

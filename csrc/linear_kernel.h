@@ -6,12 +6,13 @@
 #include "linear.h"
 
 constexpr int64_t kDepthStep = 8;
-// The sums over k run in blocks of equal size, at most this long, that are added in order.
+// The sums over k run in blocks of equal size, at most this long, that are added in order; twice as
+// long where pairs of bf16 are multiplied.
 constexpr int64_t kMaxBlockDepth = 64;
 
 struct LwzLinear : LwzLinearCall {
     // [num_vecs, depth, lanes]: the input transposed in groups of `lanes` rows, zeros after the
-    // last row.
+    // last row. [num_vecs, depth / 2, lanes] of pairs where pairs of bf16 are multiplied.
     float* packed_x;
     int64_t num_vecs;
 };
@@ -30,6 +31,7 @@ LwzLinearKernel lwz_linear_generic();
 #if defined(LWZ_HAVE_X86_LEVELS)
 LwzLinearKernel lwz_linear_avx2();
 LwzLinearKernel lwz_linear_avx512();
+LwzLinearKernel lwz_linear_avx512_bf16();
 #endif
 
 #endif  // LWZ_LINEAR_KERNEL_H

@@ -7,6 +7,7 @@ namespace {
 
 LwzLogitsRowsKernel kernel_of(int level) {
 #if defined(LWZ_HAVE_X86_LEVELS)
+    if (level == kLwzAvx512Bf16) return lwz_logits_rows_avx512_bf16();
     if (level == kLwzAvx512) return lwz_logits_rows_avx512();
     if (level == kLwzAvx2) return lwz_logits_rows_avx2();
 #endif

@@ -34,6 +34,7 @@ LwzLogitsRowsKernel lwz_logits_rows_generic();
 #if defined(LWZ_HAVE_X86_LEVELS)
 LwzLogitsRowsKernel lwz_logits_rows_avx2();
 LwzLogitsRowsKernel lwz_logits_rows_avx512();
+LwzLogitsRowsKernel lwz_logits_rows_avx512_bf16();
 #endif
 
 #endif  // LWZ_LOGITS_ROWS_KERNEL_H

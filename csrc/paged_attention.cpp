@@ -39,6 +39,7 @@ struct Problem {
 
 LwzKernel kernel_of(int level) {
 #if defined(LWZ_HAVE_X86_LEVELS)
+    if (level == kLwzAvx512Bf16) return lwz_kernel_avx512_bf16();
     if (level == kLwzAvx512) return lwz_kernel_avx512();
     if (level == kLwzAvx2) return lwz_kernel_avx2();
 #endif
@@ -48,8 +49,9 @@ LwzKernel kernel_of(int level) {
 
 // The widest allowed kernel whose vectors divide the head size; 8 lanes always do.
 LwzKernel kernel_for_head_size(int level, int64_t head_size) {
-    const LwzKernel kernel = kernel_of(level);
-    return head_size % kernel.lanes == 0 ? kernel : kernel_of(level - 1);
+    LwzKernel kernel = kernel_of(level);
+    while (head_size % kernel.lanes != 0) kernel = kernel_of(--level);
+    return kernel;
 }
 
 int check(const Problem& p, int64_t num_pages, int level) {
@@ -65,7 +67,6 @@ int check(const Problem& p, int64_t num_pages, int level) {
 struct Plan {
     std::vector<int64_t> first_chunk;  // [batch + 1]: chunks of row b are first_chunk[b .. b + 1]
     std::vector<int64_t> chunk_row;    // [num_chunks]
-    std::unique_ptr<float[]> q;        // [batch, num_heads, head_size]
     std::unique_ptr<float[]> acc;      // [num_chunks, num_heads, head_size]
     std::unique_ptr<float[]> row_max;  // [num_chunks, num_heads]
     std::unique_ptr<float[]> row_sum;  // [num_chunks, num_heads]
@@ -77,7 +78,6 @@ struct Plan {
             chunk_row.insert(chunk_row.end(), count, b);
         }
         const int64_t rows = num_chunks() * p.num_heads;
-        q.reset(new float[p.batch * p.num_heads * p.head_size]);
         acc.reset(new float[rows * p.head_size]);
         row_max.reset(new float[rows]);
         row_sum.reset(new float[rows]);
@@ -85,16 +85,6 @@ struct Plan {
 
     int64_t num_chunks() const { return static_cast<int64_t>(chunk_row.size()); }
 };
-
-void scale_queries(const Problem& p, Plan& plan) {
-    const int64_t count = p.batch * p.num_heads * p.head_size;
-    for (int64_t i = 0; i < count; ++i) {
-        const float value = p.dtype == kLwzBFloat16
-                                ? bf16_to_float(static_cast<const uint16_t*>(p.q)[i])
-                                : static_cast<const float*>(p.q)[i];
-        plan.q[i] = value * p.softmax_scale;
-    }
-}
 
 const void* offset_elements(const void* base, int64_t count, int dtype) {
     return static_cast<const char*>(base) + count * (dtype == kLwzBFloat16 ? 2 : 4);
@@ -114,13 +104,13 @@ int64_t kv_heads_per_item(const Problem& p, const Plan& plan, int num_threads) {
     return heads;
 }
 
-void attend_chunk(const Problem& p, const Plan& plan, const LwzKernel& kernel, int64_t chunk_index,
-                  int64_t kv_head, int64_t num_kv_heads) {
+LwzChunk chunk_at(const Problem& p, const Plan& plan, int64_t chunk_index, int64_t kv_head,
+                  int64_t num_kv_heads) {
     const int64_t b = plan.chunk_row[chunk_index];
     const int64_t head = kv_head * p.group();
     const int64_t partial = chunk_index * p.num_heads + head;
     LwzChunk chunk;
-    chunk.q = plan.q.get() + (b * p.num_heads + head) * p.head_size;
+    chunk.q = offset_elements(p.q, (b * p.num_heads + head) * p.head_size, p.dtype);
     chunk.k_cache = offset_elements(p.k_cache, kv_head * p.head_size, p.dtype);
     chunk.v_cache = offset_elements(p.v_cache, kv_head * p.head_size, p.dtype);
     chunk.pages = p.page_table + b * p.max_pages;
@@ -133,11 +123,12 @@ void attend_chunk(const Problem& p, const Plan& plan, const LwzKernel& kernel, i
     chunk.num_kv_heads = num_kv_heads;
     chunk.group = p.group();
     chunk.head_size = p.head_size;
+    chunk.softmax_scale = p.softmax_scale;
     chunk.dtype = p.dtype;
     chunk.acc = plan.acc.get() + partial * p.head_size;
     chunk.row_max = plan.row_max.get() + partial;
     chunk.row_sum = plan.row_sum.get() + partial;
-    kernel.attend(chunk);
+    return chunk;
 }
 
 void write_output(const Problem& p, int64_t row, const float* values) {
@@ -179,14 +170,22 @@ void run(const Problem& p, Plan& plan, const LwzKernel& kernel, int num_threads)
     const int64_t num_items = plan.num_chunks() * items_per_chunk;
     const int64_t num_rows = p.batch * p.num_heads;
     std::atomic<int64_t> next_item{0};
-    scale_queries(p, plan);
 #if defined(_OPENMP)
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1 && num_items > 1)
 #endif
     {
-        for (int64_t item; (item = next_item.fetch_add(1)) < num_items;) {
-            attend_chunk(p, plan, kernel, item / items_per_chunk,
-                         item % items_per_chunk * item_heads, item_heads);
+        // A thread takes its next item before it works on the present one, so that the kernel can
+        // fetch across the border.
+        const auto take = [&] {
+            const int64_t item = next_item.fetch_add(1);
+            if (item >= num_items) return LwzChunk{};
+            return chunk_at(p, plan, item / items_per_chunk, item % items_per_chunk * item_heads,
+                            item_heads);
+        };
+        for (LwzChunk chunk = take(); chunk.key_end > 0;) {
+            const LwzChunk next = take();
+            kernel.attend(chunk, next);
+            chunk = next;
         }
 #if defined(_OPENMP)
 #pragma omp barrier

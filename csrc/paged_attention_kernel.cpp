@@ -5,6 +5,8 @@
 // blocks of kBlockKeys keys whose row addresses are looked up first, so any page size works.
 #include "paged_attention_kernel.h"
 
+#include <type_traits>
+
 #include "paged_attention.h"
 #include "simd.h"
 
@@ -15,6 +17,7 @@ constexpr int kTileKeys = 4;
 // kTileKeys * heads accumulators and the operands of one step have to fit the registers.
 constexpr int kTileHeads = kRegisters == 32 ? 5 : 3;
 constexpr int kTileVecs = 4;
+constexpr int kLineBytes = 64;
 
 template <typename T>
 struct Block {
@@ -23,6 +26,9 @@ struct Block {
     int num_keys;         // valid rows
     int num_padded_keys;  // up to a multiple of kLanes; the last valid row is repeated
 };
+
+template <typename T>
+const Block<T> kNothing = {};
 
 template <typename T>
 void locate_rows(const LwzChunk& chunk, int64_t key, Block<T>& block) {
@@ -45,13 +51,29 @@ void locate_rows(const LwzChunk& chunk, int64_t key, Block<T>& block) {
     }
 }
 
-// scores[h][i] = q[h] . k[i] for a tile of heads and all padded keys of the block. `column` is
+// Brings a head's keys and values of a later block into the L2 cache: the share that falls to keys
+// [begin, end) of the `total` of the present one. Rows lie where the page table says, so the
+// processor cannot guess them.
+template <typename T>
+LWZ_INLINE void fetch_rows(const Block<T>& ahead, int begin, int end, int total, int64_t column,
+                           int64_t head_size) {
+    for (int t = ahead.num_keys * begin / total; t < ahead.num_keys * end / total; ++t) {
+        for (int64_t d = 0; d < head_size; d += kLineBytes / static_cast<int64_t>(sizeof(T))) {
+            __builtin_prefetch(ahead.k_rows[t] + column + d, 0, 2);
+            __builtin_prefetch(ahead.v_rows[t] + column + d, 0, 2);
+        }
+    }
+}
+
+// scores[h][i] = scale * (q[h] . k[i]) for a tile of heads and all padded keys of the block. `column` is
 // where the tile's KV head begins in a row.
 template <typename T, int kHeads>
-LWZ_INLINE void score_block(const Block<T>& block, int64_t column, const float* q,
-                            int64_t head_size, float (*scores)[kBlockKeys]) {
+LWZ_INLINE void score_block(const Block<T>& block, const Block<T>& ahead, int64_t column,
+                            const float* q, int64_t head_size, float scale,
+                            float (*scores)[kBlockKeys]) {
     for (int i = 0; i < block.num_padded_keys; i += kTileKeys) {
         const T* const* rows = block.k_rows + i;
+        fetch_rows(ahead, i, i + kTileKeys, block.num_padded_keys, column, head_size);
         VecF sums[kHeads][kTileKeys] = {};
         for (int64_t d = 0; d < head_size; d += kLanes) {
             VecF k[kTileKeys];
@@ -62,16 +84,17 @@ LWZ_INLINE void score_block(const Block<T>& block, int64_t column, const float* 
             }
         }
         for (int h = 0; h < kHeads; ++h) {
-            const Vec4F four = sum_lanes(sums[h][0], sums[h][1], sums[h][2], sums[h][3]);
+            const Vec4F four = sum_lanes(sums[h][0], sums[h][1], sums[h][2], sums[h][3]) * scale;
             std::memcpy(&scores[h][i], &four, sizeof(four));
         }
     }
 }
 
-// Turns scores into exp(score - new max), updates max and sum, and returns the factor by which
-// what was accumulated under the old max shrinks.
-LWZ_INLINE float softmax_block(float* scores, int num_keys, int num_padded_keys, float& row_max,
-                               float& row_sum) {
+// Turns scores into exp(score - new max), rounded to Weight, updates max and sum, and returns the
+// factor by which what was accumulated under the old max shrinks.
+template <typename Weight>
+LWZ_INLINE float softmax_block(float* scores, Weight* weights, int num_keys, int num_padded_keys,
+                               float& row_max, float& row_sum) {
     VecF maxima = splat(row_max);
     // Padding repeats a valid key, so it cannot raise the maximum.
     for (int i = 0; i < num_padded_keys; i += kLanes) {
@@ -81,11 +104,11 @@ LWZ_INLINE float softmax_block(float* scores, int num_keys, int num_padded_keys,
     float new_max = row_max;
     for (int i = 0; i < kLanes; ++i) new_max = maxima[i] > new_max ? maxima[i] : new_max;
     for (int i = 0; i < num_padded_keys; i += kLanes) {
-        store(scores + i, exp_nonpositive(load(scores + i) - new_max));
+        store(weights + i, exp_nonpositive(load(scores + i) - new_max));
     }
-    for (int i = num_keys; i < num_padded_keys; ++i) scores[i] = 0.0f;
+    for (int i = num_keys; i < num_padded_keys; ++i) weights[i] = Weight{};
     VecF sums = VecF{};
-    for (int i = 0; i < num_padded_keys; i += kLanes) sums += load(scores + i);
+    for (int i = 0; i < num_padded_keys; i += kLanes) sums += load(weights + i);
     float sum = 0.0f;
     for (int i = 0; i < kLanes; ++i) sum += sums[i];
     const float shrink = __builtin_expf(row_max - new_max);  // 0 at first: row_max is -inf
@@ -121,16 +144,149 @@ LWZ_INLINE void accumulate_columns(const Block<T>& block, int64_t column,
     }
 }
 
-// The query heads [head, head + kHeads) of the chunk, which share the KV head at `column`.
-template <typename T, int kHeads>
-void attend_tile(const LwzChunk& chunk, const Block<T>& block, int64_t column, int64_t head) {
+#if defined(__AVX512BF16__)
+// Values of a row that one instruction multiplies, as pairs.
+constexpr int kPairedLanes = 2 * kLanes;
+
+LWZ_INLINE VecF load_pairs(const bf16* p) {
+    VecF v;
+    std::memcpy(&v, p, sizeof(v));
+    return v;
+}
+
+LWZ_INLINE void add_products(VecF a, VecF b, VecF& sums) {
+    sums = (VecF)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
+}
+
+// As score_block, from pairs of neighbours in a row.
+template <int kHeads>
+LWZ_INLINE void score_pairs(const Block<bf16>& block, const Block<bf16>& ahead, int64_t column,
+                            const bf16* q, int64_t head_size, float scale,
+                            float (*scores)[kBlockKeys]) {
+    for (int i = 0; i < block.num_padded_keys; i += kTileKeys) {
+        const bf16* const* rows = block.k_rows + i;
+        fetch_rows(ahead, i, i + kTileKeys, block.num_padded_keys, column, head_size);
+        VecF sums[kHeads][kTileKeys] = {};
+        for (int64_t d = 0; d < head_size; d += kPairedLanes) {
+            VecF k[kTileKeys];
+            for (int t = 0; t < kTileKeys; ++t) k[t] = load_pairs(rows[t] + column + d);
+            for (int h = 0; h < kHeads; ++h) {
+                const VecF q_d = load_pairs(q + h * head_size + d);
+                for (int t = 0; t < kTileKeys; ++t) add_products(q_d, k[t], sums[h][t]);
+            }
+        }
+        for (int h = 0; h < kHeads; ++h) {
+            const Vec4F four = sum_lanes(sums[h][0], sums[h][1], sums[h][2], sums[h][3]) * scale;
+            std::memcpy(&scores[h][i], &four, sizeof(four));
+        }
+    }
+}
+
+// As accumulate_columns, from pairs of keys, for kPairs times kPairedLanes columns. Interleaving
+// two rows of V leaves columns 8i to 8i + 3 in one vector, 8i + 4 to 8i + 7 in the other.
+template <int kHeads, int kPairs>
+LWZ_INLINE void accumulate_pairs(const Block<bf16>& block, int64_t column,
+                                 const bf16 (*weights)[kBlockKeys], const float* shrink, int64_t d,
+                                 int64_t head_size, float* acc) {
+    VecF low[kHeads][kPairs], high[kHeads][kPairs];
+    for (int h = 0; h < kHeads; ++h) {
+        for (int j = 0; j < kPairs; ++j) {
+            const float* from = acc + h * head_size + d + j * kPairedLanes;
+            const VecF a = load(from) * shrink[h], b = load(from + kLanes) * shrink[h];
+            low[h][j] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24,
+                                                25, 26, 27);
+            high[h][j] = __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23,
+                                                 28, 29, 30, 31);
+        }
+    }
+    for (int i = 0; i < block.num_keys; i += 2) {
+        const bf16* first = block.v_rows[i] + column + d;
+        const bool has_second = i + 1 < block.num_keys;
+        const bf16* second = has_second ? block.v_rows[i + 1] + column + d : first;
+        // The weight of a key that is not there is 0; a product with an infinity would not be.
+        const __mmask16 kept = has_second ? 0xffff : 0;
+        VecF pair_of_weights[kHeads];
+        for (int h = 0; h < kHeads; ++h) {
+            int32_t bits;
+            std::memcpy(&bits, &weights[h][i], sizeof(bits));
+            pair_of_weights[h] = (VecF)_mm512_set1_epi32(bits);
+        }
+        for (int j = 0; j < kPairs; ++j) {
+            const __m512i a = _mm512_loadu_si512(first + j * kPairedLanes);
+            const __m512i b = _mm512_maskz_loadu_epi32(kept, second + j * kPairedLanes);
+            const VecF lows = (VecF)_mm512_unpacklo_epi16(a, b);
+            const VecF highs = (VecF)_mm512_unpackhi_epi16(a, b);
+            for (int h = 0; h < kHeads; ++h) {
+                add_products(lows, pair_of_weights[h], low[h][j]);
+                add_products(highs, pair_of_weights[h], high[h][j]);
+            }
+        }
+    }
+    for (int h = 0; h < kHeads; ++h) {
+        for (int j = 0; j < kPairs; ++j) {
+            const VecF a = low[h][j], b = high[h][j];
+            float* to = acc + h * head_size + d + j * kPairedLanes;
+            store(to, __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21,
+                                              22, 23));
+            store(to + kLanes, __builtin_shufflevector(a, b, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13,
+                                                       14, 15, 28, 29, 30, 31));
+        }
+    }
+}
+
+template <int kHeads>
+void attend_tile_of_pairs(const LwzChunk& chunk, const Block<bf16>& block,
+                          const Block<bf16>& ahead, int64_t column, int64_t head) {
     alignas(64) float scores[kHeads][kBlockKeys];
+    alignas(64) bf16 weights[kHeads][kBlockKeys];
     float shrink[kHeads];
     const int64_t head_size = chunk.head_size;
+    const bf16* q = static_cast<const bf16*>(chunk.q) + head * head_size;
     float* acc = chunk.acc + head * head_size;
-    score_block<T, kHeads>(block, column, chunk.q + head * head_size, head_size, scores);
+    score_pairs<kHeads>(block, ahead, column, q, head_size, chunk.softmax_scale, scores);
     for (int h = 0; h < kHeads; ++h) {
-        shrink[h] = softmax_block(scores[h], block.num_keys, block.num_padded_keys,
+        shrink[h] = softmax_block(scores[h], weights[h], block.num_keys, block.num_padded_keys,
+                                  chunk.row_max[head + h], chunk.row_sum[head + h]);
+    }
+    int64_t d = 0;
+    for (; d + 2 * kPairedLanes <= head_size; d += 2 * kPairedLanes) {
+        accumulate_pairs<kHeads, 2>(block, column, weights, shrink, d, head_size, acc);
+    }
+    if (d < head_size) {
+        accumulate_pairs<kHeads, 1>(block, column, weights, shrink, d, head_size, acc);
+    }
+}
+#endif
+
+// The query heads of a tile in fp32: themselves, or widened into `wide`.
+LWZ_INLINE const float* widen_queries(const float* q, int64_t, float*) { return q; }
+
+LWZ_INLINE const float* widen_queries(const bf16* q, int64_t count, float* wide) {
+    for (int64_t i = 0; i < count; i += kLanes) store(wide + i, load(q + i));
+    return wide;
+}
+
+// The query heads [head, head + kHeads) of the chunk, which share the KV head at `column`.
+template <typename T, int kHeads>
+void attend_tile(const LwzChunk& chunk, const Block<T>& block, const Block<T>& ahead,
+                 int64_t column, int64_t head) {
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same<T, bf16>::value) {
+        if (chunk.head_size % kPairedLanes == 0) {
+            return attend_tile_of_pairs<kHeads>(chunk, block, ahead, column, head);
+        }
+    }
+#endif
+    alignas(64) float scores[kHeads][kBlockKeys];
+    alignas(64) float wide_q[std::is_same<T, float>::value ? 1 : kHeads * kMaxHeadSize];
+    float shrink[kHeads];
+    const int64_t head_size = chunk.head_size;
+    const float* q = widen_queries(static_cast<const T*>(chunk.q) + head * head_size,
+                                   kHeads * head_size, wide_q);
+    float* acc = chunk.acc + head * head_size;
+    score_block<T, kHeads>(block, ahead, column, q, head_size, chunk.softmax_scale, scores);
+    for (int h = 0; h < kHeads; ++h) {
+        shrink[h] = softmax_block(scores[h], scores[h], block.num_keys, block.num_padded_keys,
                                   chunk.row_max[head + h], chunk.row_sum[head + h]);
     }
     int64_t d = 0;
@@ -143,22 +299,22 @@ void attend_tile(const LwzChunk& chunk, const Block<T>& block, int64_t column, i
 }
 
 template <typename T>
-void attend_heads(const LwzChunk& chunk, const Block<T>& block, int64_t column, int64_t head,
-                  int64_t count) {
+void attend_heads(const LwzChunk& chunk, const Block<T>& block, const Block<T>& ahead,
+                  int64_t column, int64_t head, int64_t count) {
     switch (count) {
-        case 1: return attend_tile<T, 1>(chunk, block, column, head);
-        case 2: return attend_tile<T, 2>(chunk, block, column, head);
-        case 3: return attend_tile<T, 3>(chunk, block, column, head);
+        case 1: return attend_tile<T, 1>(chunk, block, ahead, column, head);
+        case 2: return attend_tile<T, 2>(chunk, block, ahead, column, head);
+        case 3: return attend_tile<T, 3>(chunk, block, ahead, column, head);
 #if defined(__AVX512F__)
-        case 4: return attend_tile<T, 4>(chunk, block, column, head);
-        case 5: return attend_tile<T, 5>(chunk, block, column, head);
+        case 4: return attend_tile<T, 4>(chunk, block, ahead, column, head);
+        case 5: return attend_tile<T, 5>(chunk, block, ahead, column, head);
 #endif
         default: __builtin_unreachable();  // the caller asks for at most kTileHeads
     }
 }
 
 template <typename T>
-void attend_typed(const LwzChunk& chunk) {
+void attend_typed(const LwzChunk& chunk, const LwzChunk& next) {
     const int64_t heads = chunk.num_kv_heads * chunk.group;
     for (int64_t h = 0; h < heads; ++h) {
         chunk.row_max[h] = -__builtin_inff();
@@ -167,25 +323,33 @@ void attend_typed(const LwzChunk& chunk) {
     for (int64_t i = 0; i < heads * chunk.head_size; ++i) chunk.acc[i] = 0.0f;
     // Equal tiles: 4 heads run as 2 + 2 rather than 3 + 1.
     const int64_t num_tiles = (chunk.group + kTileHeads - 1) / kTileHeads;
-    Block<T> block;
+    Block<T> blocks[2];
+    locate_rows(chunk, chunk.key_begin, blocks[0]);
+    int current = 0;
     for (int64_t key = chunk.key_begin; key < chunk.key_end; key += kBlockKeys) {
-        locate_rows(chunk, key, block);
+        const Block<T>& block = blocks[current];
+        Block<T>& ahead = blocks[current ^= 1];
+        if (key + kBlockKeys < chunk.key_end) {
+            locate_rows(chunk, key + kBlockKeys, ahead);
+        } else {
+            locate_rows(next, next.key_begin, ahead);
+        }
         for (int64_t j = 0; j < chunk.num_kv_heads; ++j) {
             for (int64_t tile = 0; tile < num_tiles; ++tile) {
                 const int64_t head = tile * chunk.group / num_tiles;
                 const int64_t next = (tile + 1) * chunk.group / num_tiles;
-                attend_heads(chunk, block, j * chunk.head_size, j * chunk.group + head,
+                attend_heads(chunk, block, tile == 0 ? ahead : kNothing<T>, j * chunk.head_size, j * chunk.group + head,
                              next - head);
             }
         }
     }
 }
 
-void attend(const LwzChunk& chunk) {
+void attend(const LwzChunk& chunk, const LwzChunk& next) {
     if (chunk.dtype == kLwzBFloat16) {
-        attend_typed<bf16>(chunk);
+        attend_typed<bf16>(chunk, next);
     } else {
-        attend_typed<float>(chunk);
+        attend_typed<float>(chunk, next);
     }
 }
 

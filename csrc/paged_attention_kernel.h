@@ -12,7 +12,7 @@ constexpr int64_t kMaxHeadSize = 512;
 // One range of keys of one sequence, for one or more neighbouring KV heads and the `group` query
 // heads that share each. Query heads of a KV head are neighbours too: heads = num_kv_heads * group.
 struct LwzChunk {
-    const float* q;            // [heads, head_size], already multiplied by the softmax scale
+    const void* q;             // [heads, head_size]
     const void* k_cache;       // first element of the first KV head in page 0
     const void* v_cache;
     const int32_t* pages;      // page table row of this sequence
@@ -24,6 +24,7 @@ struct LwzChunk {
     int64_t num_kv_heads;
     int64_t group;
     int64_t head_size;
+    float softmax_scale;
     int dtype;
     float* acc;                // [heads, head_size]: sum of exp(score - max) * v, overwritten
     float* row_max;            // [heads], overwritten
@@ -33,7 +34,8 @@ struct LwzChunk {
 // `lanes` floats are processed at once: a level can run head sizes that are multiples of it.
 struct LwzKernel {
     int lanes;
-    void (*attend)(const LwzChunk& chunk);
+    // `next` is the chunk that the thread attends to afterwards, or one without keys.
+    void (*attend)(const LwzChunk& chunk, const LwzChunk& next);
     void (*vector_exp)(const float* x, float* out, int64_t count);
 };
 
@@ -41,6 +43,7 @@ LwzKernel lwz_kernel_generic();
 #if defined(LWZ_HAVE_X86_LEVELS)
 LwzKernel lwz_kernel_avx2();
 LwzKernel lwz_kernel_avx512();
+LwzKernel lwz_kernel_avx512_bf16();
 #endif
 
 #endif  // LWZ_PAGED_ATTENTION_KERNEL_H

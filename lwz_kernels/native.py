@@ -18,6 +18,7 @@ from lwz_kernels.shared_library import load_shared_library
 __all__ = [
     "best_level",
     "decode_layers",
+    "has_fastest_bf16",
     "is_available",
     "levels",
     "linear",
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 ABI_VERSION = 4
-LEVELS = ("generic", "avx2", "avx512")
+LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
 HEAD_SIZE_STEP = 8
 MAX_HEAD_SIZE = 512
 DEPTH_STEP = 8
@@ -68,6 +69,14 @@ def levels() -> tuple[str, ...]:
 def best_level() -> str:
     """The instruction set that is used unless another is asked for."""
     return levels()[-1]
+
+
+@functools.cache
+def has_fastest_bf16() -> bool:
+    """Whether `linear` multiplies bf16 with the widest instructions that this CPU has for it."""
+    if not is_available() or best_level() != LEVELS[-1]:
+        return False
+    return not torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
 def supports_head_size(head_size: int) -> bool:

@@ -45,9 +45,10 @@ def paged_attention(
         [B, H, K], dtype of q.
 
     Numerics: fp32 accumulation. "native" and "triton" are deterministic, and a row's result depends
-        neither on the rest of the batch, nor on max_pages, nor on the number of threads. "triton"
-        launches the same work for the same shapes, whatever the contexts: it can be captured in a
-        CUDA graph.
+        neither on the rest of the batch, nor on max_pages, nor on the number of threads. With
+        AVX512-BF16, "native" rounds the softmax weights of bf16 caches to bf16 if K is a multiple
+        of 32. "triton" launches the same work for the same shapes, whatever the contexts: it can be
+        captured in a CUDA graph.
 
     Raises:
         ValueError: shapes, devices, contiguity, unknown impl; on a CPU also pages or lengths that

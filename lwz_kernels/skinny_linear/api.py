@@ -53,8 +53,9 @@ def skinny_linear(
         [M, N] of `out_dtype`.
 
     Numerics: fp32 accumulation, one rounding to `out_dtype`. "native" sums over k in blocks of at
-        most 64 whose order depends on K alone: a row's result has the same bits for any M, any
-        other rows, and any number of threads.
+        most 64 (128 with AVX512-BF16, whose products take subnormal numbers for 0) whose order
+        depends on K alone: a row's result has the same bits for any M, any other rows, and any
+        number of threads.
 
     Raises:
         ValueError: shapes, devices, unknown impl.

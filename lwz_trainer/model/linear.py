@@ -3,7 +3,8 @@
 A CPU without bf16 matrix instructions (AVX2, or AVX-512 without BF16) multiplies bf16 matrices
 several times slower than fp32 ones. There `linear` multiplies fp32 copies that live for one call;
 a handful of rows is limited by reading the weights, so those stay bf16.
-Decoding has few rows and no gradients: there the kernel that reads each weight once runs instead.
+Decoding has few rows and no gradients: there the kernel that reads each weight once runs instead,
+in bf16 too unless torch has matrix instructions that the kernel lacks.
 In the backward pass weight gradients go straight into the parameter's `main_grad`, if it has one.
 """
 
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lwz_kernels import native
 from lwz_kernels.loss_head import has_native_bf16, matmul_wide
 from lwz_kernels.skinny_linear import AUTO_MAX_ROWS, skinny_linear
 from lwz_trainer.model.main_grad import grad_dtype, main_grad
@@ -21,6 +23,7 @@ __all__ = [
     "default_dtype",
     "embedding",
     "has_native_bf16",
+    "is_fast_for_few_rows",
     "linear",
     "resolve_dtype",
     "wide_logits",
@@ -82,12 +85,18 @@ def wide_logits(hidden: Tensor, head: Tensor) -> Tensor:
     return matmul_wide(hidden, head.t())
 
 
+def is_fast_for_few_rows(dtype: torch.dtype) -> bool:
+    """Whether no instructions of this CPU make torch's products faster than the native kernels'."""
+    if dtype == torch.bfloat16:
+        return not has_native_bf16() or native.has_fastest_bf16()
+    return dtype == torch.float32
+
+
 def _is_skinny(x: Tensor, weight: Tensor) -> bool:
-    """Whether the inference kernel for few rows may run, and no bf16 instructions beat it."""
+    """Whether the inference kernel for few rows may run and is the faster one."""
     if x.device.type != "cpu" or torch.is_grad_enabled() or x.dtype != weight.dtype:
         return False
-    is_suitable = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and not has_native_bf16())
-    return is_suitable and 0 < x.numel() <= AUTO_MAX_ROWS * x.shape[-1]
+    return is_fast_for_few_rows(x.dtype) and 0 < x.numel() <= AUTO_MAX_ROWS * x.shape[-1]
 
 
 class _Linear(torch.autograd.Function):

@@ -5,13 +5,12 @@ up, so there, where the native kernels are the fast ones, one call runs them all
 operations, rounded at the same places.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lwz_kernels.decode_layers import DecodeLayer, can_run_native, decode_layers
 from lwz_trainer.model.decoder import Decoder, DecoderLayer
-from lwz_trainer.model.linear import embedding, has_native_bf16
+from lwz_trainer.model.linear import embedding, is_fast_for_few_rows
 from lwz_trainer.model.rotary import rotary_tables
 from lwz_trainer.rollout.attend import DecodeAttend
 
@@ -53,9 +52,7 @@ def decode_pass(
 
 def _runs_native(model: Decoder) -> bool:
     config, weight = model.config, model.embed
-    if weight.dtype == torch.bfloat16 and has_native_bf16():
-        return False  # torch's matrix products have instructions that ours do without
-    return can_run_native(
+    return is_fast_for_few_rows(weight.dtype) and can_run_native(
         weight.device,
         weight.dtype,
         hidden=config.hidden,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lwz_kernels import native
 from lwz_kernels.skinny_linear import AUTO_MAX_ROWS, skinny_linear
 from lwz_trainer.model import linear as linear_module
 from lwz_trainer.model.linear import (
@@ -96,14 +97,23 @@ def skinny_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("rows", [1, AUTO_MAX_ROWS, AUTO_MAX_ROWS + 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ours_is_fastest", [False, True])
 def test_linear_without_gradients_uses_the_skinny_kernel_for_few_rows(
-    native_bf16: bool, skinny_rows: list[int], dtype: torch.dtype, rows: int
+    native_bf16: bool,
+    ours_is_fastest: bool,
+    skinny_rows: list[int],
+    dtype: torch.dtype,
+    rows: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(native, "has_fastest_bf16", lambda: ours_is_fastest)
     _, weight, bias = inputs(dtype)
     x = torch.randn(rows, IN, generator=torch.Generator().manual_seed(1)).to(dtype)
     with torch.inference_mode():
         out = linear(x[None], weight, bias)
-    is_left_to_torch = rows > AUTO_MAX_ROWS or (native_bf16 and dtype == torch.bfloat16)
+    is_left_to_torch = rows > AUTO_MAX_ROWS or (
+        dtype == torch.bfloat16 and native_bf16 and not ours_is_fastest
+    )
     assert skinny_rows == ([] if is_left_to_torch else [rows])
     assert out.shape == (1, rows, OUT)
     exact = x.double() @ weight.double().T + bias.double()
@@ -244,3 +254,27 @@ def test_has_native_bf16_reads_the_cpu_capabilities(
         assert has_native_bf16() is expected
     finally:
         has_native_bf16.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("levels", "capabilities", "expected"),
+    [
+        (("generic", "avx2", "avx512"), {"avx512_bf16": True}, False),
+        (("generic", "avx2", "avx512", "avx512_bf16"), {"avx512_bf16": True}, True),
+        (("generic", "avx2", "avx512", "avx512_bf16"), {"amx_bf16": True}, False),
+    ],
+)
+def test_native_bf16_is_the_fastest_with_pairs_and_without_tiles(
+    levels: tuple[str, ...],
+    capabilities: dict[str, bool],
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(native, "is_available", lambda: True)
+    monkeypatch.setattr(native, "levels", lambda: levels)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    native.has_fastest_bf16.cache_clear()
+    try:
+        assert native.has_fastest_bf16() is expected
+    finally:
+        native.has_fastest_bf16.cache_clear()

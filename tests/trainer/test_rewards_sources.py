@@ -235,10 +235,10 @@ def test_a_dead_server_is_left_alone() -> None:
     with FaultServer(lambda body, number: Reply("", 500)) as server:
         source = source_for(server, "classify", endpoint=limits)
         result = source.score(answers)
-        num_requests = len(server.bodies)
-        assert num_requests < 20
-        again = source.score(answers)
-        assert len(server.bodies) == num_requests
+        assert len(server.bodies) < 20
+        # A request that was given up may reach the server's list late: tell them by their text.
+        again = source.score([Answer("Again.", answer.text) for answer in answers])
+        assert "Again." not in str(server.bodies)
     for scores in (result, again):
         assert all(map(math.isnan, scores.scores))
         assert len(scores.failures) == 30
