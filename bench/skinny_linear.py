@@ -3,8 +3,8 @@
     python -m bench.skinny_linear --csv bench/results/cpu/skinny_linear.csv --threads 2
 
 The calls go round copies of the weight that together are larger than the caches, as in decoding,
-where a step reads every weight once. For bf16 weights "torch" is what a CPU without bf16 matrix
-instructions does best: F.linear of the bf16 tensors below 8 rows, of fp32 copies from 8 on.
+where a step reads every weight once. For bf16 weights "torch" is what torch does best on this CPU:
+F.linear of the bf16 tensors, or from 8 rows on of fp32 copies where bf16 products are emulated.
 Every provider must match fp64 before it is timed.
 """
 
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from bench import report
 from lwz_kernels import native
+from lwz_kernels.loss_head import has_native_bf16
 from lwz_kernels.skinny_linear import skinny_linear
 
 __all__ = ["main"]
@@ -131,7 +132,7 @@ def _rows(shape: Shape, weights: list[torch.Tensor], threads: int, seconds: floa
 
 
 def _best_of_torch(num_rows: int, dtype: torch.dtype) -> Provider:
-    if dtype == torch.float32 or num_rows < MIN_UPCAST_ROWS:
+    if dtype == torch.float32 or num_rows < MIN_UPCAST_ROWS or has_native_bf16():
         return F.linear
     return lambda x, weight: F.linear(x.float(), weight.float()).to(dtype)
 
