@@ -249,26 +249,24 @@ LWZ_INLINE void prefetch(const Tile<T>& tile, int64_t k) {
 
 LWZ_INLINE void add_product(const VecF& x, float w, VecF& sum) { sum += x * splat(w); }
 
-// sum += *x * w. The compiler would give *x a register and keep a sum on the stack for it.
-LWZ_INLINE void add_product_in_place(const float* x, float w, VecF& sum) {
+#if defined(__AVX512BF16__)
+LWZ_INLINE void add_product(const VecF& x, Pair w, VecF& sum) {
+    sum = (VecF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x,
+                                 (__m512bh)_mm512_set1_epi32(static_cast<int>(w.bits)));
+}
+#endif
+
+// sum += *x * w
+template <typename Weight>
+LWZ_INLINE void add_product_in_place(const float* x, Weight w, VecF& sum) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
+    // The compiler would give *x a register and keep a sum on the stack for it.
     const auto& lanes = *reinterpret_cast<const float(*)[kLanes]>(x);
     asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(splat(w)), "m"(lanes));
 #else
     add_product(load(x), w, sum);
 #endif
 }
-
-#if defined(__AVX512BF16__)
-LWZ_INLINE void add_product(const VecF& x, Pair w, VecF& sum) {
-    sum = (VecF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x,
-                                 (__m512bh)_mm512_set1_epi32(static_cast<int>(w.bits)));
-}
-
-LWZ_INLINE void add_product_in_place(const float* x, Pair w, VecF& sum) {
-    add_product(load(x), w, sum);
-}
-#endif
 
 // acc[c][v] += sum_k weight[c][k] * x[v][k]
 template <typename T, int kColumns, int kVecs, typename Weight>
@@ -299,17 +297,10 @@ LWZ_INLINE void multiply(const Tile<T>& tile, const Weight* weight, int64_t stri
     }
 }
 
-template <int kColumns, int kVecs>
-void multiply_tile(const Tile<float>& tile) {
-    multiply<float, kColumns, kVecs>(tile, tile.weight, tile.stride);
+template <int kColumns, int kVecs, typename T>
+void multiply_tile(const Tile<T>& tile) {
+    multiply<T, kColumns, kVecs>(tile, tile.weight, tile.stride);
 }
-
-#if defined(__AVX512BF16__)
-template <int kColumns, int kVecs>
-void multiply_tile(const Tile<Pair>& tile) {
-    multiply<Pair, kColumns, kVecs>(tile, tile.weight, tile.stride);
-}
-#endif
 
 template <int kColumns, int kVecs>
 void multiply_tile(const Tile<bf16>& tile) {

@@ -65,22 +65,48 @@ LWZ_INLINE void fetch_rows(const Block<T>& ahead, int begin, int end, int total,
     }
 }
 
-// scores[h][i] = scale * (q[h] . k[i]) for a tile of heads and all padded keys of the block. `column` is
-// where the tile's KV head begins in a row.
-template <typename T, int kHeads>
+// What one product takes: fp32 values, widened where memory has bf16; or, as bf16 themselves, pairs
+// of neighbours.
+template <typename T>
+LWZ_INLINE VecF load_operand(const T* p, float) {
+    return load(p);
+}
+
+LWZ_INLINE void add_products(VecF a, VecF b, VecF& sums, float) { sums += a * b; }
+
+// Values of a row that one instruction multiplies.
+template <typename Operand>
+constexpr int kOperandLanes = kLanes * static_cast<int>(sizeof(float) / sizeof(Operand));
+
+#if defined(__AVX512BF16__)
+LWZ_INLINE VecF load_operand(const bf16* p, bf16) {
+    VecF v;
+    std::memcpy(&v, p, sizeof(v));
+    return v;
+}
+
+LWZ_INLINE void add_products(VecF a, VecF b, VecF& sums, bf16) {
+    sums = (VecF)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
+}
+#endif
+
+// scores[h][i] = scale * (q[h] . k[i]) for a tile of heads and all padded keys of the block.
+// `column` is where the tile's KV head begins in a row.
+template <int kHeads, typename T, typename Operand>
 LWZ_INLINE void score_block(const Block<T>& block, const Block<T>& ahead, int64_t column,
-                            const float* q, int64_t head_size, float scale,
+                            const Operand* q, int64_t head_size, float scale,
                             float (*scores)[kBlockKeys]) {
+    constexpr Operand kKind{};
     for (int i = 0; i < block.num_padded_keys; i += kTileKeys) {
         const T* const* rows = block.k_rows + i;
         fetch_rows(ahead, i, i + kTileKeys, block.num_padded_keys, column, head_size);
         VecF sums[kHeads][kTileKeys] = {};
-        for (int64_t d = 0; d < head_size; d += kLanes) {
+        for (int64_t d = 0; d < head_size; d += kOperandLanes<Operand>) {
             VecF k[kTileKeys];
-            for (int t = 0; t < kTileKeys; ++t) k[t] = load(rows[t] + column + d);
+            for (int t = 0; t < kTileKeys; ++t) k[t] = load_operand(rows[t] + column + d, kKind);
             for (int h = 0; h < kHeads; ++h) {
-                const VecF q_d = load(q + h * head_size + d);
-                for (int t = 0; t < kTileKeys; ++t) sums[h][t] += q_d * k[t];
+                const VecF q_d = load_operand(q + h * head_size + d, kKind);
+                for (int t = 0; t < kTileKeys; ++t) add_products(q_d, k[t], sums[h][t], kKind);
             }
         }
         for (int h = 0; h < kHeads; ++h) {
@@ -117,11 +143,12 @@ LWZ_INLINE float softmax_block(float* scores, Weight* weights, int num_keys, int
     return shrink;
 }
 
-// acc[h][d..] = shrink[h] * acc[h][d..] + sum_i scores[h][i] * v[i][d..], kVecs vectors wide.
-template <typename T, int kHeads, int kVecs>
+// acc[h][d..] = shrink[h] * acc[h][d..] + sum_i weights[h][i] * v[i][d..] for kColumns columns.
+template <int kHeads, int kColumns, typename T>
 LWZ_INLINE void accumulate_columns(const Block<T>& block, int64_t column,
-                                   const float (*scores)[kBlockKeys], const float* shrink,
+                                   const float (*weights)[kBlockKeys], const float* shrink,
                                    int64_t d, int64_t head_size, float* acc) {
+    constexpr int kVecs = kColumns / kLanes;
     VecF sums[kHeads][kVecs];
     for (int h = 0; h < kHeads; ++h) {
         for (int j = 0; j < kVecs; ++j) {
@@ -131,12 +158,12 @@ LWZ_INLINE void accumulate_columns(const Block<T>& block, int64_t column,
     for (int i = 0; i < block.num_keys; ++i) {
         // One vector of V and the weights of all heads: the other way round, AVX2 has one register
         // too few, and a sum that lives on the stack holds the others up.
-        VecF weights[kHeads];
-        for (int h = 0; h < kHeads; ++h) weights[h] = splat(scores[h][i]);
+        VecF w[kHeads];
+        for (int h = 0; h < kHeads; ++h) w[h] = splat(weights[h][i]);
         const T* row = block.v_rows[i] + column + d;
         for (int j = 0; j < kVecs; ++j) {
             const VecF v = load(row + j * kLanes);
-            for (int h = 0; h < kHeads; ++h) sums[h][j] += v * weights[h];
+            for (int h = 0; h < kHeads; ++h) sums[h][j] += v * w[h];
         }
     }
     for (int h = 0; h < kHeads; ++h) {
@@ -145,49 +172,13 @@ LWZ_INLINE void accumulate_columns(const Block<T>& block, int64_t column,
 }
 
 #if defined(__AVX512BF16__)
-// Values of a row that one instruction multiplies, as pairs.
-constexpr int kPairedLanes = 2 * kLanes;
-
-LWZ_INLINE VecF load_pairs(const bf16* p) {
-    VecF v;
-    std::memcpy(&v, p, sizeof(v));
-    return v;
-}
-
-LWZ_INLINE void add_products(VecF a, VecF b, VecF& sums) {
-    sums = (VecF)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
-}
-
-// As score_block, from pairs of neighbours in a row.
-template <int kHeads>
-LWZ_INLINE void score_pairs(const Block<bf16>& block, const Block<bf16>& ahead, int64_t column,
-                            const bf16* q, int64_t head_size, float scale,
-                            float (*scores)[kBlockKeys]) {
-    for (int i = 0; i < block.num_padded_keys; i += kTileKeys) {
-        const bf16* const* rows = block.k_rows + i;
-        fetch_rows(ahead, i, i + kTileKeys, block.num_padded_keys, column, head_size);
-        VecF sums[kHeads][kTileKeys] = {};
-        for (int64_t d = 0; d < head_size; d += kPairedLanes) {
-            VecF k[kTileKeys];
-            for (int t = 0; t < kTileKeys; ++t) k[t] = load_pairs(rows[t] + column + d);
-            for (int h = 0; h < kHeads; ++h) {
-                const VecF q_d = load_pairs(q + h * head_size + d);
-                for (int t = 0; t < kTileKeys; ++t) add_products(q_d, k[t], sums[h][t]);
-            }
-        }
-        for (int h = 0; h < kHeads; ++h) {
-            const Vec4F four = sum_lanes(sums[h][0], sums[h][1], sums[h][2], sums[h][3]) * scale;
-            std::memcpy(&scores[h][i], &four, sizeof(four));
-        }
-    }
-}
-
-// As accumulate_columns, from pairs of keys, for kPairs times kPairedLanes columns. Interleaving
-// two rows of V leaves columns 8i to 8i + 3 in one vector, 8i + 4 to 8i + 7 in the other.
-template <int kHeads, int kPairs>
-LWZ_INLINE void accumulate_pairs(const Block<bf16>& block, int64_t column,
-                                 const bf16 (*weights)[kBlockKeys], const float* shrink, int64_t d,
-                                 int64_t head_size, float* acc) {
+// The same from pairs of keys. Interleaving two rows of V leaves columns 8i to 8i + 3 in one
+// vector, 8i + 4 to 8i + 7 in the other.
+template <int kHeads, int kColumns>
+LWZ_INLINE void accumulate_columns(const Block<bf16>& block, int64_t column,
+                                   const bf16 (*weights)[kBlockKeys], const float* shrink,
+                                   int64_t d, int64_t head_size, float* acc) {
+    constexpr int kPairedLanes = kOperandLanes<bf16>, kPairs = kColumns / kPairedLanes;
     VecF low[kHeads][kPairs], high[kHeads][kPairs];
     for (int h = 0; h < kHeads; ++h) {
         for (int j = 0; j < kPairs; ++j) {
@@ -217,8 +208,8 @@ LWZ_INLINE void accumulate_pairs(const Block<bf16>& block, int64_t column,
             const VecF lows = (VecF)_mm512_unpacklo_epi16(a, b);
             const VecF highs = (VecF)_mm512_unpackhi_epi16(a, b);
             for (int h = 0; h < kHeads; ++h) {
-                add_products(lows, pair_of_weights[h], low[h][j]);
-                add_products(highs, pair_of_weights[h], high[h][j]);
+                add_products(lows, pair_of_weights[h], low[h][j], bf16{});
+                add_products(highs, pair_of_weights[h], high[h][j], bf16{});
             }
         }
     }
@@ -233,87 +224,64 @@ LWZ_INLINE void accumulate_pairs(const Block<bf16>& block, int64_t column,
         }
     }
 }
-
-template <int kHeads>
-void attend_tile_of_pairs(const LwzChunk& chunk, const Block<bf16>& block,
-                          const Block<bf16>& ahead, int64_t column, int64_t head) {
-    alignas(64) float scores[kHeads][kBlockKeys];
-    alignas(64) bf16 weights[kHeads][kBlockKeys];
-    float shrink[kHeads];
-    const int64_t head_size = chunk.head_size;
-    const bf16* q = static_cast<const bf16*>(chunk.q) + head * head_size;
-    float* acc = chunk.acc + head * head_size;
-    score_pairs<kHeads>(block, ahead, column, q, head_size, chunk.softmax_scale, scores);
-    for (int h = 0; h < kHeads; ++h) {
-        shrink[h] = softmax_block(scores[h], weights[h], block.num_keys, block.num_padded_keys,
-                                  chunk.row_max[head + h], chunk.row_sum[head + h]);
-    }
-    int64_t d = 0;
-    for (; d + 2 * kPairedLanes <= head_size; d += 2 * kPairedLanes) {
-        accumulate_pairs<kHeads, 2>(block, column, weights, shrink, d, head_size, acc);
-    }
-    if (d < head_size) {
-        accumulate_pairs<kHeads, 1>(block, column, weights, shrink, d, head_size, acc);
-    }
-}
 #endif
 
-// The query heads of a tile in fp32: themselves, or widened into `wide`.
-LWZ_INLINE const float* widen_queries(const float* q, int64_t, float*) { return q; }
+// A tile's query heads as operands: themselves, or widened into `wide`.
+template <typename T>
+LWZ_INLINE const T* operands_of(const T* q, int64_t, T*) {
+    return q;
+}
 
-LWZ_INLINE const float* widen_queries(const bf16* q, int64_t count, float* wide) {
+LWZ_INLINE const float* operands_of(const bf16* q, int64_t count, float* wide) {
     for (int64_t i = 0; i < count; i += kLanes) store(wide + i, load(q + i));
     return wide;
 }
 
 // The query heads [head, head + kHeads) of the chunk, which share the KV head at `column`.
-template <typename T, int kHeads>
+template <typename T, typename Operand, int kHeads>
 void attend_tile(const LwzChunk& chunk, const Block<T>& block, const Block<T>& ahead,
                  int64_t column, int64_t head) {
-#if defined(__AVX512BF16__)
-    if constexpr (std::is_same<T, bf16>::value) {
-        if (chunk.head_size % kPairedLanes == 0) {
-            return attend_tile_of_pairs<kHeads>(chunk, block, ahead, column, head);
-        }
-    }
-#endif
+    constexpr bool kWidens = !std::is_same<T, Operand>::value;
     alignas(64) float scores[kHeads][kBlockKeys];
-    alignas(64) float wide_q[std::is_same<T, float>::value ? 1 : kHeads * kMaxHeadSize];
+    alignas(64) Operand weights[kHeads][kBlockKeys];
+    alignas(64) Operand wide_q[kWidens ? kHeads * kMaxHeadSize : 1];
     float shrink[kHeads];
     const int64_t head_size = chunk.head_size;
-    const float* q = widen_queries(static_cast<const T*>(chunk.q) + head * head_size,
+    const Operand* q = operands_of(static_cast<const T*>(chunk.q) + head * head_size,
                                    kHeads * head_size, wide_q);
     float* acc = chunk.acc + head * head_size;
-    score_block<T, kHeads>(block, ahead, column, q, head_size, chunk.softmax_scale, scores);
+    score_block<kHeads>(block, ahead, column, q, head_size, chunk.softmax_scale, scores);
     for (int h = 0; h < kHeads; ++h) {
-        shrink[h] = softmax_block(scores[h], scores[h], block.num_keys, block.num_padded_keys,
+        shrink[h] = softmax_block(scores[h], weights[h], block.num_keys, block.num_padded_keys,
                                   chunk.row_max[head + h], chunk.row_sum[head + h]);
     }
+    constexpr int kTileColumns = kTileVecs * kLanes, kLeastColumns = kOperandLanes<Operand>;
     int64_t d = 0;
-    for (; d + kTileVecs * kLanes <= head_size; d += kTileVecs * kLanes) {
-        accumulate_columns<T, kHeads, kTileVecs>(block, column, scores, shrink, d, head_size, acc);
+    for (; d + kTileColumns <= head_size; d += kTileColumns) {
+        accumulate_columns<kHeads, kTileColumns>(block, column, weights, shrink, d, head_size, acc);
     }
-    for (; d < head_size; d += kLanes) {
-        accumulate_columns<T, kHeads, 1>(block, column, scores, shrink, d, head_size, acc);
+    for (; d < head_size; d += kLeastColumns) {
+        accumulate_columns<kHeads, kLeastColumns>(block, column, weights, shrink, d, head_size,
+                                                  acc);
     }
 }
 
-template <typename T>
+template <typename T, typename Operand>
 void attend_heads(const LwzChunk& chunk, const Block<T>& block, const Block<T>& ahead,
                   int64_t column, int64_t head, int64_t count) {
     switch (count) {
-        case 1: return attend_tile<T, 1>(chunk, block, ahead, column, head);
-        case 2: return attend_tile<T, 2>(chunk, block, ahead, column, head);
-        case 3: return attend_tile<T, 3>(chunk, block, ahead, column, head);
+        case 1: return attend_tile<T, Operand, 1>(chunk, block, ahead, column, head);
+        case 2: return attend_tile<T, Operand, 2>(chunk, block, ahead, column, head);
+        case 3: return attend_tile<T, Operand, 3>(chunk, block, ahead, column, head);
 #if defined(__AVX512F__)
-        case 4: return attend_tile<T, 4>(chunk, block, ahead, column, head);
-        case 5: return attend_tile<T, 5>(chunk, block, ahead, column, head);
+        case 4: return attend_tile<T, Operand, 4>(chunk, block, ahead, column, head);
+        case 5: return attend_tile<T, Operand, 5>(chunk, block, ahead, column, head);
 #endif
         default: __builtin_unreachable();  // the caller asks for at most kTileHeads
     }
 }
 
-template <typename T>
+template <typename T, typename Operand>
 void attend_typed(const LwzChunk& chunk, const LwzChunk& next) {
     const int64_t heads = chunk.num_kv_heads * chunk.group;
     for (int64_t h = 0; h < heads; ++h) {
@@ -337,20 +305,22 @@ void attend_typed(const LwzChunk& chunk, const LwzChunk& next) {
         for (int64_t j = 0; j < chunk.num_kv_heads; ++j) {
             for (int64_t tile = 0; tile < num_tiles; ++tile) {
                 const int64_t head = tile * chunk.group / num_tiles;
-                const int64_t next = (tile + 1) * chunk.group / num_tiles;
-                attend_heads(chunk, block, tile == 0 ? ahead : kNothing<T>, j * chunk.head_size, j * chunk.group + head,
-                             next - head);
+                const int64_t next_head = (tile + 1) * chunk.group / num_tiles;
+                // The first tile of a KV head has fetched its keys and values.
+                const Block<T>& fetched = tile == 0 ? ahead : kNothing<T>;
+                attend_heads<T, Operand>(chunk, block, fetched, j * chunk.head_size,
+                                         j * chunk.group + head, next_head - head);
             }
         }
     }
 }
 
 void attend(const LwzChunk& chunk, const LwzChunk& next) {
-    if (chunk.dtype == kLwzBFloat16) {
-        attend_typed<bf16>(chunk, next);
-    } else {
-        attend_typed<float>(chunk, next);
-    }
+    if (chunk.dtype != kLwzBFloat16) return attend_typed<float, float>(chunk, next);
+#if defined(__AVX512BF16__)
+    if (chunk.head_size % kOperandLanes<bf16> == 0) return attend_typed<bf16, bf16>(chunk, next);
+#endif
+    attend_typed<bf16, float>(chunk, next);
 }
 
 void vector_exp(const float* x, float* out, int64_t count) {

@@ -74,7 +74,7 @@ def best_level() -> str:
 @functools.cache
 def has_fastest_bf16() -> bool:
     """Whether `linear` multiplies bf16 with the widest instructions that this CPU has for it."""
-    if not is_available() or best_level() != LEVELS[-1]:
+    if not is_available() or best_level() != "avx512_bf16":
         return False
     return not torch.cpu.get_capabilities().get("amx_bf16", False)
 

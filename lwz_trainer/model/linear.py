@@ -86,7 +86,7 @@ def wide_logits(hidden: Tensor, head: Tensor) -> Tensor:
 
 
 def is_fast_for_few_rows(dtype: torch.dtype) -> bool:
-    """Whether no instructions of this CPU make torch's products faster than the native kernels'."""
+    """Whether the native kernels multiply `dtype` with instructions as wide as torch has here."""
     if dtype == torch.bfloat16:
         return not has_native_bf16() or native.has_fastest_bf16()
     return dtype == torch.float32

@@ -66,10 +66,25 @@ def test_native_shows_non_finite_keys(bad: float) -> None:
     assert out[1].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", [63, 256, 257])
+@pytest.mark.parametrize("level", LEVELS)
+def test_native_infinite_value_stays_infinite(level: str, length: int, dtype: torch.dtype) -> None:
+    """Kernels that take keys in pairs must not multiply the last one by the weight of none."""
+    problem = make_problem([length], 3, 1, 64, 16, dtype)
+    last = length - 1
+    problem["v_cache"][problem["page_table"][0, last // 16], last % 16, 0, 5] = float("inf")
+    out = native.paged_attention(**problem, softmax_scale=0.125, level=level)
+    assert out[0, :, 5].eq(float("inf")).all()
+    assert out[0, :, :5].isfinite().all()
+    assert out[0, :, 6:].isfinite().all()
+
+
 @needs_native
-def test_native_result_ignores_batch_and_threads() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_native_result_ignores_batch_and_threads(dtype: torch.dtype) -> None:
     """Sampling log-probabilities must not depend on which requests run together."""
-    problem = make_problem([700, 33, 1, 512], 9, 3, 64, 16, torch.float32)
+    problem = make_problem([700, 33, 1, 512], 9, 3, 64, 16, dtype)
     alone = {name: x if name.endswith("cache") else x[:1] for name, x in problem.items()}
     first = paged_attention(**alone, impl="native")
     for num_threads in (1, 2, 3):
