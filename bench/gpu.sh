@@ -53,6 +53,7 @@ if [ -f "$out/loss_head_gpu.csv" ]; then
 fi
 part decode python3 -m bench.paged_attention --device cuda "${commit[@]}" \
   --csv "$out/paged_attention_gpu.csv"
+part adamw python3 -m bench.adamw --device cuda "${commit[@]}" --csv "$out/adamw_gpu.csv"
 part rope python3 -m bench.qkv_rope --device cuda "${commit[@]}" --csv "$out/qkv_rope_gpu.csv"
 echo "== $failed part(s) failed"
 exit $((failed > 0))

@@ -1,4 +1,4 @@
-"""Launches of the decoding kernels and of qkv_rope that `bench.triton_resources` compiles.
+"""Launches of decoding kernels, qkv_rope and AdamW that `bench.triton_resources` compiles.
 
 Heads of Qwen2.5-7B and 1.5B (K = 128), SmolLM2 (64), and others at the limits of the kernels.
 """
@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lwz_kernels.adamw.factors import Factors
+from lwz_kernels.adamw.kernels import adamw_triton_
 from lwz_kernels.paged_attention.kernels import paged_attention_triton, store_kv_triton
 from lwz_kernels.qkv_rope.kernels import qkv_rope_bwd_triton, qkv_rope_fwd_triton
 
@@ -32,6 +34,9 @@ def decode_variants() -> dict[str, Callable[[], object]]:
         "store bf16 J4 K128": lambda: _store(4, 128, BF16),
         "rope bf16 H28 J4 K128": lambda: _rope(28, 4, 128, BF16, has_positions=True),
         "rope bf16 H9 J3 K64": lambda: _rope(9, 3, 64, BF16, has_positions=False),
+        "adamw halves bf16": lambda: _adamw(BF16, is_split=True),
+        "adamw halves fp32": lambda: _adamw(FP32, is_split=True),
+        "adamw fp32": lambda: _adamw(FP32, is_split=False),
         "rope fp32 H32 J8 K96": lambda: _rope(32, 8, 96, FP32, has_positions=False),
     }
 
@@ -66,6 +71,17 @@ def _rope(
     dk = _meta(TOKENS, num_kv_heads, head_size, dtype=dtype)
     dq = _meta(TOKENS, num_heads, head_size, dtype=dtype)
     qkv_rope_bwd_triton(dq, dk, dk, table, table, positions)
+
+
+def _adamw(moments: torch.dtype, *, is_split: bool) -> None:
+    by = Factors.of_step(
+        3, lr=1e-6, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_scale=0.5
+    )
+    size = 3_000_000_000
+    weights = _meta(size, dtype=torch.bfloat16 if is_split else torch.float32)
+    lower = _meta(size, dtype=torch.int16) if is_split else None
+    exp_avg, grad = _meta(size, dtype=moments), _meta(size, dtype=torch.float32)
+    adamw_triton_(weights, lower, grad, exp_avg, exp_avg, by)
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> Tensor:

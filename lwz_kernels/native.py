@@ -16,6 +16,7 @@ import torch
 from lwz_kernels.shared_library import load_shared_library
 
 __all__ = [
+    "adamw_",
     "best_level",
     "decode_layers",
     "has_fastest_bf16",
@@ -32,7 +33,7 @@ __all__ = [
     "write_dlogits_",
 ]
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
 HEAD_SIZE_STEP = 8
 MAX_HEAD_SIZE = 512
@@ -327,6 +328,45 @@ def write_dlogits_(
     return logits_CV.view(out_dtype)[:, :num_columns]
 
 
+def adamw_(
+    weights: torch.Tensor,
+    lower: torch.Tensor | None,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    *,
+    grad_scale: float,
+    beta1: float,
+    beta2: float,
+    decay: float,
+    step_size: float,
+    inverse_correction: float,
+    eps: float,
+    level: str | None = None,
+) -> None:
+    """The step of csrc/adamw.h on contiguous CPU tensors, in place."""
+    library = _library()
+    status = library.lwz_adamw(
+        weights.data_ptr(),
+        _address(lower),
+        grad.data_ptr(),
+        exp_avg.data_ptr(),
+        exp_avg_sq.data_ptr(),
+        weights.numel(),
+        grad_scale,
+        beta1,
+        beta2,
+        decay,
+        step_size,
+        inverse_correction,
+        eps,
+        DTYPE_CODES[exp_avg.dtype],
+        _level_code(library, level),
+        torch.get_num_threads(),
+    )
+    _raise_for_status(status)
+
+
 def vector_exp(x: torch.Tensor, level: str) -> torch.Tensor:
     """exp of a fp32 vector of values <= 0 as the attention kernel of `level` computes it."""
     if x.numel() % 16 != 0:
@@ -408,6 +448,7 @@ def _declare(library: ctypes.CDLL) -> None:
         ctypes.c_float,
         *[i32] * 3,
     ]
+    library.lwz_adamw.argtypes = [*[pointer] * 5, i64, *[ctypes.c_float] * 7, *[i32] * 3]
     library.lwz_decode_layers.argtypes = [pointer]
     library.lwz_linear.argtypes = [*[pointer] * 4, *[i64] * 3, *[i32] * 5]
     library.lwz_row_statistics.argtypes = [*[pointer] * 4, *[i64] * 2, *[f64] * 2, *[i32] * 2]
@@ -415,6 +456,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.lwz_store_kv.argtypes = [*[pointer] * 5, *[i64] * 3, i32]
     library.lwz_vector_exp.argtypes = [pointer, pointer, i64, i32]
     for name in (
+        "adamw",
         "best_level",
         "decode_layers",
         "linear",

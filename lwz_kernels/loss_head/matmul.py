@@ -3,7 +3,8 @@
 On CUDA half-precision operands stay as they are and cuBLAS writes fp32. A CPU has no such product,
 and logits rounded to bf16 are off by up to 0.06 at magnitude 16, so the operands are widened to
 fp32 there. Where the CPU multiplies bf16 matrices in hardware, oneDNN may round these fp32 operands
-back to bf16: exact for hidden states and weights, and for dlogits what CUDA does.
+back to bf16: exact for hidden states and weights, and for dlogits what CUDA does. With AVX512-BF16
+the native linear layer makes fp32 logits of bf16 operands as they are.
 """
 
 import contextlib
@@ -13,12 +14,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lwz_kernels import native
 from lwz_kernels.dtypes import wide_dtype
 
 __all__ = ["HeadProducts", "has_native_bf16", "matmul_wide"]
 
 # Of the head in fp32: fits a CPU's last cache beside what it is multiplied with.
 _TILE_BYTES = 4 << 20
+# Hidden states that the native product takes at a time: with more it is slower than oneDNN.
+_NATIVE_ROWS = 128
 _BF16_MATRIX_CAPABILITIES = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
@@ -42,6 +46,13 @@ class HeadProducts:
         self._bias_V = None if bias is None else bias.to(self._wide)
         self._narrow = weight.dtype
         self._allows_bf16 = not weight.is_cuda and weight.dtype == torch.bfloat16
+        self._has_pairs = (
+            self._allows_bf16
+            and weight.device.type == "cpu"
+            and weight.is_contiguous()
+            and native.supports_depth(weight.shape[1])
+            and native.has_fastest_bf16()
+        )
 
     @property
     def dlogits_dtype(self) -> torch.dtype:
@@ -50,6 +61,9 @@ class HeadProducts:
 
     def logits(self, hidden_CD: Tensor) -> Tensor:
         """hidden @ weight.T + bias, [C, V] fp32."""
+        if self._has_pairs and hidden_CD.dtype == self._narrow:
+            logits_CV = self._logits_of_pairs(hidden_CD)
+            return logits_CV if self._bias_V is None else logits_CV.add_(self._bias_V)
         with self._precision():
             if not self._widens:
                 logits_CV = matmul_wide(hidden_CD, self._weight.t())
@@ -85,6 +99,14 @@ class HeadProducts:
             return
         with self._precision():
             dweight_VD.addmm_(dlogits_CV.t(), hidden_CD.to(self._wide))
+
+    def _logits_of_pairs(self, hidden_CD: Tensor) -> Tensor:
+        """hidden @ weight.T, [C, V] fp32; the bits of a row depend on that row alone."""
+        parts = [
+            native.linear(rows, self._weight, None, out_dtype=torch.float32)
+            for rows in hidden_CD.contiguous().split(_NATIVE_ROWS)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _wide_tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """Spans of the vocabulary and their rows of the head, widened."""

@@ -196,6 +196,11 @@ class UpdateConfig:
         return self.is_interleaved or self.deterministic
 
 
+MAX_BF16_BETA2 = 0.98
+"""bf16 keeps a running square that moves by less than 0.2 to 0.4% of itself where it was; here one
+step moves it by that much when the squared gradient is 10 to 20% off."""
+
+
 @dataclass(frozen=True)
 class OptimConfig:
     """AdamW on fp32 master weights."""
@@ -218,6 +223,8 @@ class OptimConfig:
     """Decoupled, on matrices only."""
     max_grad_norm: float = 1.0
     """Global gradient norm is clipped to this; 0 switches clipping off."""
+    moments_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of both moments: bf16 takes 4 bytes a parameter less. Masters and gradients are fp32."""
 
     def __post_init__(self) -> None:
         _require_positive("optim", self, "lr", "eps")
@@ -225,6 +232,12 @@ class OptimConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optim.{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.moments_dtype == "bf16" and self.beta2 > MAX_BF16_BETA2:
+            raise UserError(
+                f"optim.moments_dtype bf16 needs optim.beta2 <= {MAX_BF16_BETA2}, "
+                f"got {self.beta2}: rounding would lose a slower running square; lower beta2, "
+                "or use fp32"
+            )
         if not 0 <= self.min_lr_frac <= 1:
             raise UserError(f"optim.min_lr_frac must be in [0, 1], got {self.min_lr_frac}")
 

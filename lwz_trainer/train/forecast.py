@@ -12,6 +12,7 @@ from lwz_trainer.config.parallel import SequencePlan, plan_sequence
 from lwz_trainer.config.train import TrainConfig
 from lwz_trainer.model.architecture import ModelConfig
 from lwz_trainer.rollout.kv_cache import plan_pages
+from lwz_trainer.update.optimizer import moments_dtype
 
 __all__ = [
     "MemoryForecast",
@@ -173,7 +174,7 @@ def _count_memory(
     is_fully_sharded = config.parallel.shard_parameters and num_ranks > 1
     shards = num_ranks if config.parallel.shard_optimizer or is_fully_sharded else 1
     holders = num_ranks if is_fully_sharded else 1  # of weights and gradients
-    state = {"AdamW moments": 8 * count // shards}
+    state = {"AdamW moments": 2 * moments_dtype(config.optim).itemsize * count // shards}
     if is_fully_sharded:
         always = {"fp32 masters": 4 * count // holders}
     else:

@@ -17,6 +17,7 @@ from lwz_trainer.config.reading import dump_config
 from lwz_trainer.config.run import RunConfig
 from lwz_trainer.errors import UserError
 from lwz_trainer.parallel import Ranks
+from lwz_trainer.update.optimizer import moments_dtype
 
 __all__ = ["Recorder", "prepare_run_dir"]
 
@@ -36,7 +37,8 @@ def prepare_run_dir(config: RunConfig, ranks: Ranks, model: nn.Module) -> None:
     """
     if ranks.is_main:
         # fp32 masters and two moments of every parameter.
-        _make_run_dir(config, 12 * sum(parameter.numel() for parameter in model.parameters()))
+        size = 4 + 2 * moments_dtype(config.optim).itemsize
+        _make_run_dir(config, size * sum(parameter.numel() for parameter in model.parameters()))
     ranks.barrier()
 
 

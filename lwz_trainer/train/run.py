@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from lwz_trainer.config.run import RunConfig
+from lwz_trainer.digest import short_digest
 from lwz_trainer.errors import UserError
 from lwz_trainer.model.architecture import ModelConfig
 from lwz_trainer.model.atomic_directory import replace_directory
@@ -72,6 +73,7 @@ class Run(Generic[P]):
         self._final = self.dir / "final"
         self.console = RunConsole(is_main=ranks.is_main, progress=config.log.progress)
         keep = config.checkpoint.keep
+        identity = identity | {"optim.moments_dtype": short_digest(config.optim.moments_dtype)}
         self._checkpoints = CheckpointStore(
             self.dir, ranks, model, weights.dtype, identity, keep=keep, progress=progress
         )

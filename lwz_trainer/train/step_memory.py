@@ -36,6 +36,7 @@ from lwz_trainer.rollout.kv_cache import CachePlan, free_memory
 from lwz_trainer.train.forecast import forecast_memory, gpu_memory_bytes
 from lwz_trainer.train.metrics import peak_memory_gb
 from lwz_trainer.update.buffers import Buffers, ParkedBuffers, RegionBuffers, TorchBuffers
+from lwz_trainer.update.optimizer import moments_dtype
 
 __all__ = ["StepMemory"]
 
@@ -81,13 +82,13 @@ class StepMemory:
         if uses_phases:
             assert isinstance(engine, RolloutEngine), "the configuration allows no other engine"
             count = sum(parameter.numel() for parameter in model.parameters())
+            state_size = 2 + 2 * moments_dtype(config.optim).itemsize  # lower halves, two moments
             self._turns = _Turns(
                 engine,
                 device,
                 longest_prompt=longest_prompt,
                 num_samples=config.num_samples_per_rank(ranks.world_size),
-                # Gradients; two moments and lower halves.
-                update_bytes=(4 + 10 * is_parked) * (count + ranks.world_size),
+                update_bytes=(4 + state_size * is_parked) * (count + ranks.world_size),
                 is_interleaved=config.update.is_interleaved,
             )
             self.grads = self._turns.grads

@@ -1,8 +1,10 @@
-"""fp32 master weights, gradients and AdamW state, each one flat buffer; 16 bytes a parameter.
+"""fp32 master weights, gradients and AdamW state, each one flat buffer.
+
+16 bytes a parameter, 12 with moments in bf16.
 
 Two flats: matrices (decayed) and the rest. The parameters of an fp32 model are views of the master
 itself. Those of a bf16 model are its upper halves, rounded, and the lower 16 bits lie beside them:
-together they are the exact fp32 master, which exists only a span at a time while it is stepped.
+together they are the exact fp32 master, which never exists whole (`lwz_kernels.adamw`).
 Gradients accumulate in the flat fp32 buffer whatever the model's dtype: products add to their
 `main_grad` themselves; of the rest autograd adds into it directly, or a hook adds and frees them.
 No address of a weight changes after construction.
@@ -13,28 +15,18 @@ reduce-scattered, each rank steps its part of the master, and the weights are ga
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
+from lwz_kernels.adamw import adamw_
 from lwz_trainer.config.sections import OptimConfig
 from lwz_trainer.model.main_grad import attach_main_grad
 from lwz_trainer.update.buffers import Buffers, TorchBuffers
 
-__all__ = [
-    "FlatAdamW",
-    "adamw_step",
-    "clip_grads",
-    "join_halves",
-    "learning_rate",
-    "split_halves",
-]
-
-# Elements of a master that are joined, stepped and split again at a time: 4 MiB in fp32.
-SPAN = 1 << 20
+__all__ = ["FlatAdamW", "adamw_step", "learning_rate", "moments_dtype"]
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
@@ -49,66 +41,47 @@ def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
     return config.lr * (config.min_lr_frac + (1 - config.min_lr_frac) * shape)
 
 
-def split_halves(master: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 [n] as its nearest bf16 and the int16 that is missing: exact for finite values.
-
-    Ties are rounded away from zero, so that the rest fits 16 bits.
-    """
-    bits = master.view(torch.int32)
-    upper = (bits + 0x8000) >> 16
-    lower = (bits - (upper << 16)).to(torch.int16)
-    return upper.to(torch.int16).view(torch.bfloat16), lower
-
-
-def join_halves(upper: Tensor, lower: Tensor) -> Tensor:
-    """The fp32 [n] that `split_halves` was given."""
-    bits = upper.view(torch.int16).to(torch.int32)
-    bits <<= 16
-    bits += lower
-    return bits.view(torch.float32)
-
-
-def clip_grads(grads: list[Tensor], config: OptimConfig, grad_norm: Tensor) -> None:
-    """Scales parts of a gradient of 2-norm `grad_norm` in place, so that it is at most the limit.
-
-    Args:
-        grads: fp32, any shapes.
-        config: its max_grad_norm; 0 for no limit.
-        grad_norm: scalar, of the whole gradient.
-    """
-    if config.max_grad_norm > 0:
-        factor = (config.max_grad_norm / grad_norm.clamp(min=1e-12)).clamp(max=1.0)
-        for grad in grads:
-            grad.mul_(factor)
+def moments_dtype(config: OptimConfig) -> torch.dtype:
+    """Of both moments."""
+    return torch.bfloat16 if config.moments_dtype == "bf16" else torch.float32
 
 
 def adamw_step(
-    masters: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    step: Tensor,
+    weights: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
     config: OptimConfig,
     *,
+    step: int,
     lr: float,
     weight_decay: float,
+    grad_norm: float,
+    lower: Tensor | None = None,
 ) -> None:
-    """One step of AdamW, in place on masters and moments; `step`, those before it, stays."""
-    adamw(
-        masters,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        [],
-        [step.clone() for _ in masters],  # each is counted one up
-        fused=True,
-        amsgrad=False,
+    """One step of AdamW on vectors, in place, on a gradient clipped to max_grad_norm.
+
+    Args:
+        weights, grad, exp_avg, exp_avg_sq, lower: as in `lwz_kernels.adamw.adamw_`.
+        config: betas, eps and max_grad_norm; 0 for no limit.
+        step: number of this step, from 1.
+        lr, weight_decay: of this step and these weights.
+        grad_norm: 2-norm of the whole gradient, of which `grad` may be a part.
+    """
+    limit = config.max_grad_norm
+    adamw_(
+        weights,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        step=step,
+        lr=lr,
         beta1=config.beta1,
         beta2=config.beta2,
-        lr=lr,
-        weight_decay=weight_decay,
         eps=config.eps,
-        maximize=False,
+        weight_decay=weight_decay,
+        grad_scale=min(1.0, limit / max(grad_norm, 1e-12)) if limit > 0 else 1.0,
+        lower=lower,
     )
 
 
@@ -122,6 +95,7 @@ class _Flat:
         self,
         parameters: list[nn.Parameter],
         weight_decay: float,
+        moments_dtype: torch.dtype,
         group: dist.ProcessGroup | None,
         grads: Buffers,
         state: Buffers,
@@ -130,6 +104,7 @@ class _Flat:
         assert dtypes in ({torch.float32}, {torch.bfloat16}), f"no masters for {dtypes}"
         (dtype,) = dtypes
         self.weight_decay = weight_decay
+        self._moments_dtype = moments_dtype
         self.parameters = parameters
         device = parameters[0].device
         size = sum(parameter.numel() for parameter in parameters)
@@ -140,9 +115,9 @@ class _Flat:
         self._state = state
         # Zeros, because the last ranks' shares may reach beyond the parameters.
         self._weights = torch.zeros(share * num_ranks, dtype=dtype, device=device)
-        self._lower: Tensor | None = None
+        self.lower: Tensor | None = None
         if dtype == torch.bfloat16:
-            self._lower = state.zeros(share, torch.int16)
+            self.lower = state.zeros(share, torch.int16)
         self.grad = grads.zeros(share * num_ranks, torch.float32)
         self.moments: dict[str, Tensor] = {}
         offset = 0
@@ -169,31 +144,11 @@ class _Flat:
         """Masters of an fp32 model, upper halves of a bf16 model: this rank's part."""
         return self._weights[self.part]
 
-    def spans(self) -> Iterator[slice]:
-        """Of this rank's part: all at once where the master exists, else a span at a time."""
-        size = self.part.stop - self.part.start
-        step = size if self._lower is None else SPAN
-        for start in range(0, size, step):
-            yield slice(start, min(start + step, size))
-
-    def master(self, span: slice) -> Tensor:
-        """fp32 master of a span of this rank's part: a view, or joined from its halves."""
-        if self._lower is None:
-            return self.own_weights[span]
-        return join_halves(self.own_weights[span], self._lower[span])
-
-    def write(self, span: slice, master: Tensor) -> None:
-        """Takes over the master of a span, and with it this rank's part of the parameters."""
-        if self._lower is not None:
-            self.own_weights[span], self._lower[span] = split_halves(master)
-        elif master.data_ptr() != self.own_weights[span].data_ptr():  # else it is there already
-            self.own_weights[span] = master
-
     def weights(self) -> dict[str, Tensor]:
         """The live tensors that hold this rank's part of the master: itself, or its two halves."""
-        if self._lower is None:
+        if self.lower is None:
             return {"master": self.own_weights}
-        return {"master_upper": self.own_weights, "master_lower": self._lower}
+        return {"master_upper": self.own_weights, "master_lower": self.lower}
 
     def gather_weights(self, group: dist.ProcessGroup) -> None:
         """Completes the parameters from the parts of all ranks, in place."""
@@ -205,8 +160,8 @@ class _Flat:
             share = self.part.stop - self.part.start
             self.moments = {
                 "step": torch.zeros((), dtype=torch.float32, device=self.grad.device),
-                "exp_avg": self._state.zeros(share, torch.float32),
-                "exp_avg_sq": self._state.zeros(share, torch.float32),
+                "exp_avg": self._state.zeros(share, self._moments_dtype),
+                "exp_avg_sq": self._state.zeros(share, self._moments_dtype),
             }
         return self.moments
 
@@ -240,7 +195,7 @@ class FlatAdamW:
         matrices = [p for p in parameters if p.dim() >= 2]
         vectors = [p for p in parameters if p.dim() < 2]
         self._flats = [
-            _Flat(part, decay, shard_group, self._grads, self._state)
+            _Flat(part, decay, moments_dtype(config), shard_group, self._grads, self._state)
             for part, decay in ((matrices, config.weight_decay), (vectors, 0.0))
             if part
         ]
@@ -301,23 +256,20 @@ class FlatAdamW:
         """
         self._state.wait()
         for flat in self._flats:
-            grad = flat.own_grad
-            clip_grads([grad], self._config, grad_norm)
             moments = flat.ensure_moments()
-            for span in flat.spans():
-                master = flat.master(span)
-                adamw_step(
-                    [master],
-                    [grad[span]],
-                    [moments["exp_avg"][span]],
-                    [moments["exp_avg_sq"][span]],
-                    moments["step"],
-                    self._config,
-                    lr=lr,
-                    weight_decay=flat.weight_decay,
-                )
-                flat.write(span, master)
             moments["step"] += 1
+            adamw_step(
+                flat.own_weights,
+                flat.own_grad,
+                moments["exp_avg"],
+                moments["exp_avg_sq"],
+                self._config,
+                step=int(moments["step"]),
+                lr=lr,
+                weight_decay=flat.weight_decay,
+                grad_norm=float(grad_norm),
+                lower=flat.lower,
+            )
         self.complete_weights()
 
     def complete_weights(self) -> None:

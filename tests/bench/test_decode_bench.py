@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import decode_layers, paged_attention, qkv_rope, timing
+from bench import adamw, decode_layers, paged_attention, qkv_rope, timing
 from lwz_kernels import native
 from tests.trainer.train_case import ROOT
 
@@ -92,6 +92,29 @@ def test_qkv_rope_bench_stops_at_a_wrong_provider() -> None:
     qkv_rope._check({"right": right}, problem, "fwd_bwd")
     with pytest.raises(SystemExit, match="off is wrong"):
         qkv_rope._check({"off": lambda: [1.001 * x for x in right()]}, problem, "fwd_bwd")
+
+
+def test_adamw_bench_writes_a_row_for_each_provider(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(adamw.SIZES, "cpu", 1000)
+    monkeypatch.setattr(timing, "WARM_UP_S", 0.0)
+    monkeypatch.setattr(
+        "sys.argv", ["bench", "--csv", str(tmp_path / "out.csv"), "--seconds", "0.05"]
+    )
+    adamw.main()
+    assert [(row["provider"], row["moments"]) for row in rows_of(tmp_path / "out.csv")] == [
+        ("halves", "fp32"),
+        ("halves", "bf16"),
+        ("torch_fused", "fp32"),
+    ]
+
+
+def test_adamw_bench_stops_at_a_wrong_provider(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = adamw.adamw_
+    monkeypatch.setattr(adamw, "adamw_", lambda *a, **k: right(*a, **{**k, "lr": 1.1 * k["lr"]}))
+    with pytest.raises(SystemExit, match="halves fp32 is wrong"):
+        adamw.check("cpu")
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -59,6 +59,7 @@ def test_kernels_compile_for_every_target(compiled: list[Row]) -> None:
         "paged_attention_split_kernel",
         "paged_attention_merge_kernel",
         "store_kv_kernel",
+        "adamw_kernel",
         "qkv_rope_fwd_kernel",
         "qkv_rope_bwd_kernel",
         *ATTENTION,

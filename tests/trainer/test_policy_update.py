@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from lwz_kernels.adamw import join_halves
 from lwz_kernels.linear_policy_loss.reference import linear_policy_loss_reference
 from lwz_trainer.config.loss import LossConfig
 from lwz_trainer.config.model import ModelSection
@@ -17,8 +18,7 @@ from lwz_trainer.errors import TrainingStopped
 from lwz_trainer.model.decoder import Decoder
 from lwz_trainer.parallel import Ranks, Teams
 from lwz_trainer.train.step_memory import StepMemory
-from lwz_trainer.update import optimizer as optimizer_module
-from lwz_trainer.update.optimizer import FlatAdamW, join_halves, learning_rate, split_halves
+from lwz_trainer.update.optimizer import FlatAdamW, learning_rate
 from lwz_trainer.update.packing import TrainSample
 from lwz_trainer.update.policy_update import PolicyUpdate, UpdateMetrics
 from tests.trainer.rollout_case import load_tiny, make_engine, make_requests, sample_all
@@ -335,48 +335,37 @@ def test_flat_adamw_keeps_small_steps_of_bf16_parameters() -> None:
     torch.testing.assert_close(module.weight.float(), torch.full((4, 4), 0.99), rtol=0, atol=0.004)
 
 
-def test_split_halves_loses_no_bit_and_rounds_to_nearest() -> None:
-    generator = torch.Generator().manual_seed(0)
-    bits = torch.randint(-(2**31), 2**31 - 1, (100_000,), generator=generator, dtype=torch.int64)
-    edges = torch.tensor([0.0, -0.0, 1.0, 1e-40, -1e-40, 3.38e38]).view(torch.int32)
-    ties = (torch.arange(-50, 50, dtype=torch.int64) << 16) + 0x8000
-    master = torch.cat([bits.to(torch.int32), edges, ties.to(torch.int32)]).view(torch.float32)
-    master = master[master.isfinite() & (master.abs() < 3.38e38)]
-    upper, lower = split_halves(master)
-    assert torch.equal(join_halves(upper, lower).view(torch.int32), master.view(torch.int32))
-    nearest = master.to(torch.bfloat16)
-    is_tie = (master.view(torch.int32) & 0xFFFF) == 0x8000
-    assert torch.equal(upper[~is_tie].view(torch.int16), nearest[~is_tie].view(torch.int16))
-    assert is_tie.sum() >= 50
-
-
-def test_flat_adamw_of_bf16_parameters_steps_an_exact_fp32_master(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Bit for bit torch's AdamW on an fp32 copy, over several spans and a reload."""
-    monkeypatch.setattr(optimizer_module, "SPAN", 64)
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+def test_flat_adamw_of_bf16_parameters_steps_an_exact_fp32_master(moments: str) -> None:
+    """torch's AdamW on an fp32 copy; a checkpoint goes on bit for bit where it was."""
+    config = OptimConfig(lr=1e-3, weight_decay=0.1, max_grad_norm=0.5, moments_dtype=moments)
     module = torch.nn.Linear(20, 10, bias=False).to(torch.bfloat16)
     copy = torch.nn.Parameter(module.weight.detach().float().clone())
-    config = OptimConfig(lr=1e-3, weight_decay=0.1, max_grad_norm=0)
-    expected = torch.optim.AdamW([copy], lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    optimizer = FlatAdamW(module, config)
+    expected = torch.optim.AdamW([copy], lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    models = {"whole": module, "resumed": torch.nn.Linear(20, 10, bias=False).to(torch.bfloat16)}
+    models["resumed"].load_state_dict(module.state_dict())
+    optimizers = {name: FlatAdamW(model, config) for name, model in models.items()}
     for step in range(4):
-        if step == 2:  # a checkpoint goes on where it was
-            state = {name: value.clone() for name, value in optimizer.state_dict().items()}
-            module = torch.nn.Linear(20, 10, bias=False).to(torch.bfloat16)
-            optimizer = FlatAdamW(module, config)
-            for name, value in optimizer.state_dict().items():
+        if step == 2:
+            state = {k: v.clone() for k, v in optimizers["resumed"].state_dict().items()}
+            models["resumed"] = torch.nn.Linear(20, 10, bias=False).to(torch.bfloat16)
+            optimizers["resumed"] = FlatAdamW(models["resumed"], config)
+            for name, value in optimizers["resumed"].state_dict().items():
                 value.copy_(state[name])
         grad = torch.randn(10, 20)
-        optimizer.zero_grad()
-        module.weight.main_grad.copy_(grad)
-        copy.grad = grad.clone()
-        optimizer.step(lr=1e-3, grad_norm=optimizer.grad_norm())
+        for name, optimizer in optimizers.items():
+            optimizer.zero_grad()
+            models[name].weight.main_grad.copy_(grad)
+            optimizer.step(lr=1e-3, grad_norm=optimizer.grad_norm())
+        copy.grad = grad * (0.5 / grad.norm())
         expected.step()
-        halves = optimizer.state_dict()
-        master = join_halves(halves["master_upper_0"], halves["master_lower_0"])
-        assert torch.equal(master, copy.detach().flatten())
-        assert torch.equal(module.weight, copy.to(torch.bfloat16))
+    whole, resumed = (optimizer.state_dict() for optimizer in optimizers.values())
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    master = join_halves(whole["master_upper_0"], whole["master_lower_0"])
+    error = 1e-6 if moments == "fp32" else 0.02 * 4e-3
+    torch.testing.assert_close(master, copy.detach().flatten(), rtol=1e-6, atol=error)
+    assert torch.equal(module.weight.flatten(), master.to(torch.bfloat16))
+    assert whole["exp_avg_0"].dtype == (torch.bfloat16 if moments == "bf16" else torch.float32)
 
 
 def test_learning_rate_warms_up_and_decays() -> None:
