@@ -6,10 +6,14 @@ A sequence with a prefix runs in one of two ways. *Masked*: its queries against 
 under a bottom-right causal mask; the kernel visits every key block. *Padded*: zero queries stand
 in for the prefix, so the square causal kernel applies, which skips what lies above the diagonal and
 needs no mask in memory. Their gradient is zero because their output is dropped.
+Short bf16 sequences are multiplied as fp32 copies that live for one call.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lwz_kernels.attention.segments import SegmentTable
 
@@ -22,6 +26,10 @@ PADDING_MIN_LENGTH_RATIO = 3
 PADDING_MIN_KEYS = 1024
 # Above this size the mask itself is the cost.
 MAX_MASK_ELEMENTS = 2**24
+# Up to this many keys the kernel's bf16 backward pass is slower than its fp32 one, even where the
+# CPU multiplies bf16 (127 queries, 139 keys, 9 heads of 64, AVX512-BF16, two threads, forward and
+# backward: 3.5 against 2.0 ms; 1,024 keys: 60 against 73 ms).
+MAX_WIDE_KEYS = 512
 
 
 def sdpa_attention(
@@ -85,12 +93,39 @@ def _fused(
 
     The operator behind `F.scaled_dot_product_attention` on a CPU, which has no public name for lse.
     """
-    out_1HTK, lse_1HT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q_THK.transpose(0, 1)[None],
-        k_TJK.transpose(0, 1)[None],
-        v_TJK.transpose(0, 1)[None],
-        is_causal=mask is None,
-        attn_mask=mask,
-        scale=scale,
-    )
+    parts_1HTK = [x.transpose(0, 1)[None] for x in (q_THK, k_TJK, v_TJK)]
+    if q_THK.dtype in (torch.bfloat16, torch.float16) and k_TJK.shape[0] <= MAX_WIDE_KEYS:
+        out_1HTK, lse_1HT = _Widened.apply(*parts_1HTK, mask, scale)
+    else:
+        out_1HTK, lse_1HT = _forward(
+            *parts_1HTK, is_causal=mask is None, attn_mask=mask, scale=scale
+        )
     return out_1HTK[0].transpose(0, 1), lse_1HT[0]
+
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class _Widened(torch.autograd.Function):
+    """The kernel on fp32 copies; keeps what it was given."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        wide = [x.float() for x in (q, k, v)]
+        ctx.settings = {"attn_mask": None if mask is None else mask.float(), "scale": scale}
+        out, lse = _forward(*wide, is_causal=mask is None, **ctx.settings)
+        narrow = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, narrow, lse)
+        ctx.mark_non_differentiable(lse)
+        return narrow, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        wide = [x.float() for x in (dout, q, k, v, out)]
+        gradients = _backward(*wide, lse, 0.0, ctx.settings["attn_mask"] is None, **ctx.settings)
+        return *(gradient.to(q.dtype) for gradient in gradients), None, None

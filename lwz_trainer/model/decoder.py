@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lwz_trainer.model.architecture import ModelConfig, YarnScaling
+from lwz_trainer.model.elementwise import rms_norm, silu_gate
 from lwz_trainer.model.linear import embedding, linear
 from lwz_trainer.model.offload import HostOffload
 from lwz_trainer.model.rotary import inverse_frequencies, rotary_tables, rotate
@@ -74,7 +75,7 @@ class DecoderLayer(nn.Module):
         Returns:
             [T, D].
         """
-        normed_TD = F.rms_norm(x, (self.config.hidden,), self.attn_norm, self.config.rms_eps)
+        normed_TD = rms_norm(x, self.attn_norm, self.config.rms_eps)
         x = x + linear(self._attention(normed_TD, cos, sin, attend), self.o_proj)
         weights = (self.mlp_norm, self.gate_up_proj, self.down_proj)
         if mlp_tile_tokens:
@@ -83,9 +84,8 @@ class DecoderLayer(nn.Module):
 
     def _add_mlp(self, x: Tensor, norm: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
         """x and the gated feed-forward of it, [rows, D]."""
-        normed_TD = F.rms_norm(x, (self.config.hidden,), norm, self.config.rms_eps)
-        gate_TF, up_TF = linear(normed_TD, gate_up_proj).chunk(2, dim=-1)
-        return x + linear(F.silu(gate_TF) * up_TF, down_proj)
+        normed_TD = rms_norm(x, norm, self.config.rms_eps)
+        return x + linear(silu_gate(linear(normed_TD, gate_up_proj)), down_proj)
 
     def _attention(self, normed: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         heads, kv_heads, head_dim = self.config.heads, self.config.kv_heads, self.config.head_dim
@@ -194,4 +194,4 @@ class Decoder(nn.Module):
         else:
             for layer in self.layers:
                 x_TD = layer(x_TD, cos, sin, attend, mlp_tile_tokens)
-        return F.rms_norm(x_TD, (self.config.hidden,), self.final_norm, self.config.rms_eps)
+        return rms_norm(x_TD, self.final_norm, self.config.rms_eps)
