@@ -1,7 +1,8 @@
 """One GRPO step against TRL's `GRPOTrainer`: same model, prompts, batch, tokens, precision, CPU.
 
 Each side trains in a process of its own, alternating; the first step of a process is a warm-up.
-TRL runs in each of the settings listed in `TRL_SETTINGS`; compare with its best. Two workloads:
+TRL runs in each of the settings listed in `TRL_SETTINGS`; compare with its best. This trainer runs
+with moments in fp32, as TRL's are, and in bf16. Two workloads:
 
 - `fixed`: both see a copy of the model whose end token is one that is practically never sampled,
   so every completion has exactly the same number of tokens.
@@ -55,7 +56,7 @@ class Workload:
 
 
 WORKLOADS = {
-    "fixed": Workload(128, 1, "{question}\n<answer>", 256),
+    "fixed": Workload(128, 1, "{question}\n<answer>", 280),
     "natural": Workload(
         512, 2, "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n", 1024
     ),
@@ -66,7 +67,11 @@ TRL_SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
     "trl, no checkpointing": (0, {"gradient_checkpointing": False}),
     "trl, no checkpointing, micro-batches of 2": (2, {"gradient_checkpointing": False}),
 }
-OURS = "lwz"
+# Settings of `optim`.
+OUR_SETTINGS: dict[str, dict[str, Any]] = {
+    "lwz": {},
+    "lwz, bf16 moments": {"moments_dtype": "bf16"},
+}
 
 
 def main() -> None:
@@ -80,7 +85,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        child = run_ours if args.child == OURS else run_trl
+        child = run_ours if args.child in OUR_SETTINGS else run_trl
         print(json.dumps(child(args) | {"peak_gb": peak_gb()}))
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -88,7 +93,7 @@ def main() -> None:
         rows = [
             run_child(provider, model, args)
             for _ in range(args.rounds)
-            for provider in (OURS, *TRL_SETTINGS)
+            for provider in (*OUR_SETTINGS, *TRL_SETTINGS)
         ]
     write_rows(rows, args)
 
@@ -152,7 +157,7 @@ def run_ours(args: argparse.Namespace) -> dict[str, Any]:
             },
             "loss": {"loss_type": "dapo"},
             "update": {"microbatch_tokens": workload.microbatch_tokens},
-            "optim": {"lr": 1e-6},
+            "optim": {"lr": 1e-6, **OUR_SETTINGS[args.child]},
             "checkpoint": {"every": 0, "export": False},
             "log": {"tensorboard": False, "progress": False},
         }
@@ -248,7 +253,7 @@ def write_rows(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
 
     workload = WORKLOADS[args.workload]
     summary: list[dict[str, Any]] = []
-    for provider in (OURS, *TRL_SETTINGS):
+    for provider in (*OUR_SETTINGS, *TRL_SETTINGS):
         own = [row for row in rows if row["provider"] == provider]
         steps = [seconds for row in own for seconds in row["step_s"]]
         rollouts = [seconds for row in own for seconds in row["rollout_s"]]
