@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--device", choices=tuple(SIZES), default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=5.0, help="timed in all")
-    parser.add_argument("--commit", default=None, help="where this tree is no git checkout")
+    parser.add_argument("--commit", default=report.commit(), help="where there is no checkout")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     check(options.device)

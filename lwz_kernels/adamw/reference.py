@@ -37,10 +37,9 @@ def adamw_torch_(
     for start in range(0, weights.numel(), SPAN):
         span = slice(start, start + SPAN)
         master = weights[span] if lower is None else join_halves(weights[span], lower[span])
-        wide = [moment[span].to(torch.float32) for moment in (exp_avg, exp_avg_sq)]
-        adamw_reference_(master, grad[span], *wide, by)
-        for moment, value in zip((exp_avg, exp_avg_sq), wide, strict=True):
-            if moment.dtype != value.dtype:  # else it was stepped in place
-                moment[span] = value
+        mean, square = exp_avg[span].to(torch.float32), exp_avg_sq[span].to(torch.float32)
+        adamw_reference_(master, grad[span], mean, square, by)
+        if exp_avg.dtype != torch.float32:  # else they were stepped in place
+            exp_avg[span], exp_avg_sq[span] = mean, square
         if lower is not None:
             weights[span], lower[span] = split_halves(master)

@@ -275,7 +275,7 @@ def _layer_width(config: TrainConfig, model: ModelConfig) -> int:
 def _kept_width(model: ModelConfig) -> int:
     """Values a token that a layer without checkpoint keeps for its backward."""
     qkv = (model.heads + 2 * model.kv_heads) * model.head_dim
-    return 6 * model.hidden + 3 * qkv + 4 * model.ff
+    return 4 * model.hidden + 3 * qkv + model.heads * model.head_dim + 3 * model.ff
 
 
 def _exchange_bytes(

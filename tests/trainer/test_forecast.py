@@ -17,7 +17,12 @@ from lwz_trainer.config.train import TrainConfig
 from lwz_trainer.model.architecture import ModelConfig
 from lwz_trainer.model.decoder import Decoder
 from lwz_trainer.rewards.writing import WritingReward
-from lwz_trainer.train.forecast import MemoryForecast, forecast_memory, num_parameters
+from lwz_trainer.train.forecast import (
+    MemoryForecast,
+    _kept_width,
+    forecast_memory,
+    num_parameters,
+)
 from lwz_trainer.train.reward_forecast import with_reward_models
 from lwz_trainer.update.optimizer import FlatAdamW
 from tests.trainer.rollout_case import load_tiny
@@ -69,18 +74,23 @@ def test_num_parameters_counts_what_the_model_has(tmp_path: Path) -> None:
     assert num_parameters(QWEN_7B) == 7_615_616_512
 
 
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_forecast_memory_counts_the_optimizer_bytes(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_forecast_memory_counts_the_optimizer_bytes(
+    tmp_path: Path, dtype: torch.dtype, moments: str
+) -> None:
     model, _ = load_tiny(tmp_path)
-    found = forecast_memory(TrainConfig(), model.config, dtype=dtype, device=CPU, longest_prompt=9)
+    config = replace(TrainConfig(), optim=OptimConfig(moments_dtype=moments))
+    found = forecast_memory(config, model.config, dtype=dtype, device=CPU, longest_prompt=9)
     model.to(dtype)
-    optimizer = FlatAdamW(model, OptimConfig())
+    optimizer = FlatAdamW(model, config.optim)
     state = sum(x.numel() * x.element_size() for x in optimizer.state_dict().values() if x.dim())
     # The state names whole fp32 masters; they lie in the weights and, for bf16, lower halves.
     grads = sum(grad.numel() * 4 for grad in optimizer.grads)
     assert sum(found.always.values()) == state
     assert found.update["gradients, fp32"] == grads
-    assert state + grads == 16 * num_parameters(model.config)
+    size = 16 if moments == "fp32" else 12
+    assert state + grads == size * num_parameters(model.config)
 
 
 def test_forecast_memory_adds_the_phases_of_an_interleaved_step(tmp_path: Path) -> None:
@@ -213,6 +223,23 @@ def test_forecast_memory_counts_the_activations_of_a_pass(tile: int) -> None:
         found.append(sum(forecast.update[owner] for owner in owners))
     measured = live_bytes(model, 2048, section) - live_bytes(model, 1024, section)
     assert found[1] - found[0] == pytest.approx(measured, rel=0.1)
+
+
+def test_forecast_memory_counts_what_a_layer_keeps() -> None:
+    """Without checkpoints; three fused projections are for attention, which keeps none here."""
+    few, many = (
+        replace(
+            QWEN_7B, hidden=64, ff=128, layers=n, heads=4, kv_heads=1, head_dim=16, vocab_size=8
+        )
+        for n in (3, 6)
+    )
+    section = ModelSection(checkpoint_layers=False)
+    of_few, of_many = (
+        live_bytes(model, 2048, section) - live_bytes(model, 1024, section) for model in (few, many)
+    )
+    in_attention = 3 * (4 + 2 * 1) * 16
+    kept = (of_many - of_few) / (3 * 1024 * 4)
+    assert kept == pytest.approx(_kept_width(few) - in_attention, rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["qwen2.5_7b_32k_8gpu", "qwen2.5_7b_128k_8gpu"])
