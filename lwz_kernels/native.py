@@ -96,12 +96,14 @@ def linear(
     bias: torch.Tensor | None,
     *,
     out_dtype: torch.dtype,
+    out: torch.Tensor | None = None,
     level: str | None = None,
 ) -> torch.Tensor:
     """x·weightᵀ + bias of contiguous CPU tensors; `level=None` takes the best instruction set."""
     library = _library()
     num_rows, depth = x.shape
-    out = torch.empty(num_rows, weight.shape[0], dtype=out_dtype)
+    if out is None:
+        out = torch.empty(num_rows, weight.shape[0], dtype=out_dtype)
     status = library.lwz_linear(
         x.data_ptr(),
         weight.data_ptr(),

@@ -61,7 +61,8 @@ def _sequence(
     if prefix_len == 0:
         return _fused(q_THK, k_TJK, v_TJK, scale, None)
     if not _is_padding_better(q_THK.shape[0], prefix_len):
-        mask = _mask(table, q_THK.shape[0], prefix_len, q_THK.dtype)
+        dtype = torch.float32 if _is_widened(k_TJK) else q_THK.dtype
+        mask = _mask(table, q_THK.shape[0], prefix_len, dtype)
         return _fused(q_THK, k_TJK, v_TJK, scale, mask)
     padding_THK = q_THK.new_zeros(prefix_len, *q_THK.shape[1:])
     out_THK, lse_HT = _fused(torch.cat((padding_THK, q_THK)), k_TJK, v_TJK, scale, None)
@@ -94,7 +95,7 @@ def _fused(
     The operator behind `F.scaled_dot_product_attention` on a CPU, which has no public name for lse.
     """
     parts_1HTK = [x.transpose(0, 1)[None] for x in (q_THK, k_TJK, v_TJK)]
-    if q_THK.dtype in (torch.bfloat16, torch.float16) and k_TJK.shape[0] <= MAX_WIDE_KEYS:
+    if _is_widened(k_TJK):
         out_1HTK, lse_1HT = _Widened.apply(*parts_1HTK, mask, scale)
     else:
         out_1HTK, lse_1HT = _forward(
@@ -103,19 +104,23 @@ def _fused(
     return out_1HTK[0].transpose(0, 1), lse_1HT[0]
 
 
+def _is_widened(k_TJK: Tensor) -> bool:
+    return k_TJK.dtype in (torch.bfloat16, torch.float16) and k_TJK.shape[0] <= MAX_WIDE_KEYS
+
+
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class _Widened(torch.autograd.Function):
-    """The kernel on fp32 copies; keeps what it was given."""
+    """The kernel on fp32 copies and a mask in fp32; keeps what it was given."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
         wide = [x.float() for x in (q, k, v)]
-        ctx.settings = {"attn_mask": None if mask is None else mask.float(), "scale": scale}
+        ctx.settings = {"attn_mask": mask, "scale": scale}
         out, lse = _forward(*wide, is_causal=mask is None, **ctx.settings)
         narrow = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, narrow, lse)

@@ -102,11 +102,13 @@ class HeadProducts:
 
     def _logits_of_pairs(self, hidden_CD: Tensor) -> Tensor:
         """hidden @ weight.T, [C, V] fp32; the bits of a row depend on that row alone."""
-        parts = [
-            native.linear(rows, self._weight, None, out_dtype=torch.float32)
-            for rows in hidden_CD.contiguous().split(_NATIVE_ROWS)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        logits_CV = hidden_CD.new_empty(
+            hidden_CD.shape[0], self._weight.shape[0], dtype=torch.float32
+        )
+        parts = (x.split(_NATIVE_ROWS) for x in (hidden_CD.contiguous(), logits_CV))
+        for rows, out in zip(*parts, strict=True):
+            native.linear(rows, self._weight, None, out_dtype=torch.float32, out=out)
+        return logits_CV
 
     def _wide_tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """Spans of the vocabulary and their rows of the head, widened."""

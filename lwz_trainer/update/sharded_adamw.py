@@ -82,6 +82,7 @@ class ShardedAdamW:
         grads = self._grads()
         self._ensure_moments()
         self._step += 1
+        number, norm = int(self._step), float(grad_norm)
         for name, parameter in self._parameters.items():
             exp_avg, exp_avg_sq = self._moments[name]
             adamw_step(
@@ -90,10 +91,10 @@ class ShardedAdamW:
                 exp_avg.view(-1),
                 exp_avg_sq.view(-1),
                 self._config,
-                step=int(self._step),
+                step=number,
                 lr=lr,
                 weight_decay=self._config.weight_decay if parameter.dim() >= 2 else 0.0,
-                grad_norm=float(grad_norm),
+                grad_norm=norm,
             )
 
     def complete_weights(self) -> None:
