@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lwz_kernels import native
 from lwz_kernels.adamw.factors import Factors
-from lwz_kernels.adamw.reference import adamw_torch_
+from lwz_kernels.adamw.torch_step import adamw_torch_
 from lwz_kernels.dispatch import log_choice_once
 
 __all__ = ["adamw_"]

@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lwz_kernels import native
-from lwz_kernels.adamw import adamw_, api, join_halves, split_halves
+from lwz_kernels.adamw import adamw_, api, join_halves, split_halves, torch_step
 from lwz_kernels.adamw.factors import Factors
 from lwz_kernels.adamw.kernels import adamw_triton_
-from lwz_kernels.adamw.reference import adamw_reference_
 
 BF16, FP32 = torch.bfloat16, torch.float32
 LEVELS = native.levels() if native.is_available() else ()
@@ -72,6 +71,20 @@ def _run(case: dict[str, Tensor | None], impl: str, *, step: int = 3) -> dict[st
     return after
 
 
+def _torch_step_in_fp64(case: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    """The third step of torch.optim.AdamW from the same state."""
+    parameter = torch.nn.Parameter(_master(case).double())
+    parameter.grad = 0.5 * case["grad"].double()
+    betas = (SETTINGS["beta1"], SETTINGS["beta2"])
+    optimizer = torch.optim.AdamW(
+        [parameter], lr=SETTINGS["lr"], betas=betas, eps=SETTINGS["eps"], weight_decay=0.1
+    )
+    moments = {name: case[name].double() for name in ("exp_avg", "exp_avg_sq")}
+    optimizer.state[parameter] = {"step": torch.tensor(2.0), **moments}
+    optimizer.step()
+    return {"weights": parameter.detach(), **optimizer.state[parameter]}
+
+
 def _ordered(case: dict[str, Tensor | None]) -> list[Tensor | None]:
     return [case[name] for name in ("weights", "lower", "grad", "exp_avg", "exp_avg_sq")]
 
@@ -82,15 +95,7 @@ def _ordered(case: dict[str, Tensor | None]) -> list[Tensor | None]:
 @pytest.mark.parametrize("impl", IMPLS)
 def test_step_is_that_of_fp64(impl: str, moments: torch.dtype, *, is_split: bool, size: int):
     case = _case(size, moments, is_split=is_split)
-    truth = {name: value.double() for name, value in case.items() if name not in ("lower",)}
-    truth["weights"] = _master(case).double()
-    adamw_reference_(
-        truth["weights"],
-        truth["grad"],
-        truth["exp_avg"],
-        truth["exp_avg_sq"],
-        Factors.of_step(3, grad_scale=0.5, **SETTINGS),
-    )
+    truth = _torch_step_in_fp64(case)
     after = _run(case, impl)
     ulp = 2**-7 if impl == "triton" else 2**-8  # the interpreter cuts where a GPU rounds
     rtol = ulp if moments == BF16 else 1e-6
@@ -148,6 +153,19 @@ def test_bf16_moments_round_to_nearest_and_the_master_sees_them_unrounded(impl: 
     for name in ("exp_avg", "exp_avg_sq"):
         assert torch.equal(narrow[name], wide[name].to(BF16))
     assert torch.equal(_master(narrow), _master(wide))
+
+
+@pytest.mark.parametrize("is_split", [False, True], ids=["fp32", "halves"])
+@pytest.mark.parametrize("moments", [FP32, BF16], ids=str)
+def test_spans_of_torch_give_the_bits_of_one(
+    monkeypatch: pytest.MonkeyPatch, moments: torch.dtype, *, is_split: bool
+) -> None:
+    case = _case(200, moments, is_split=is_split)
+    whole = _run(case, "torch")
+    monkeypatch.setattr(torch_step, "SPAN", 64)
+    parts = _run(case, "torch")
+    assert torch.equal(_master(whole), _master(parts))
+    assert torch.equal(whole["exp_avg_sq"], parts["exp_avg_sq"])
 
 
 @needs_native

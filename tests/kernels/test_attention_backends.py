@@ -106,8 +106,14 @@ def test_sdpa_equals_reference_for_any_pack(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("pack", ["ragged", "two_groups"])
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-def test_sdpa_is_as_good_as_eager(pack: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "max_wide_keys"), [(FP32, 0), (BF16, 0), (BF16, sdpa.MAX_WIDE_KEYS)], ids=str
+)
+def test_sdpa_is_as_good_as_eager(
+    monkeypatch: pytest.MonkeyPatch, pack: str, dtype: torch.dtype, max_wide_keys: int
+) -> None:
+    """In bf16 with the kernel for long sequences, and with fp32 copies."""
+    monkeypatch.setattr(sdpa, "MAX_WIDE_KEYS", max_wide_keys)
     table = SegmentTable.from_cu_seqlens(*PACKS[pack])
     qkv = make_qkv(table.num_q, (4, 2), 16, dtype)
     q, k, v = (x.detach().double().requires_grad_() for x in qkv)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lwz_kernels import native
 from lwz_kernels.loss_head import native_rows
+from lwz_kernels.loss_head.matmul import HeadProducts
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 EPS = torch.finfo(FP32).eps
@@ -614,3 +615,27 @@ def test_native_refuses_an_instruction_set_that_is_not_there(
             level="future",
         )
     assert torch.equal(rows.logits, before)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_logits_of_bf16_are_exact_products_whatever_the_chunk(*, has_bias: bool) -> None:
+    """Not rounded to bf16; more rows than the native product takes at a time, where it runs."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(300, 64).bfloat16(), torch.randn(90, 64).bfloat16()
+    bias = torch.randn(90).bfloat16() if has_bias else None
+    logits = HeadProducts(weight, bias).logits(hidden)
+    truth = hidden.double() @ weight.double().T
+    if bias is not None:
+        truth += bias.double()
+    torch.testing.assert_close(logits.double(), truth, rtol=1e-5, atol=1e-5)
+    assert logits.dtype == FP32
+
+
+@pytest.mark.skipif(not native.has_fastest_bf16(), reason="needs AVX512-BF16 without AMX")
+def test_logits_of_a_row_do_not_depend_on_the_others() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(300, 64).bfloat16(), torch.randn(90, 64).bfloat16()
+    products = HeadProducts(weight, None)
+    logits = products.logits(hidden)
+    for row in (0, 127, 128, 299):
+        assert torch.equal(products.logits(hidden[row : row + 1])[0], logits[row])

@@ -84,6 +84,10 @@ def test_train_refuses_a_bad_model(
         ),
         ({"update.num_minibatches": 3}, "must be a multiple of update.num_minibatches"),
         ({"optim.warmup_steps": 4}, "must be below num_steps"),
+        (
+            {"optim.moments_dtype": "bf16", "optim.beta2": 0.99},
+            "optim.moments_dtype bf16 needs optim.beta2 <= 0.98, got 0.99",
+        ),
         ({"rewards.length.weight": 0, "rewards.format.weight": 0}, "rewards"),
         ({"rewards.writing.weight": 1}, "rewards.writing.model is empty"),
         ({"loss.sampler_correction": "truncate", "rollout.top_p": 0.9}, "sampler_correction"),
@@ -206,6 +210,7 @@ def test_train_refuses_the_checkpoint_of_another_run_and_names_what_differs(
         "data.template": {"data.template": "direct"},
         "data.prompts_per_step": {"data.prompts_per_step": 1},
         "rollout.group_size": {"rollout.group_size": 2},
+        "optim.moments_dtype": {"optim.moments_dtype": "bf16"},
         "weights of model.path": {"model.path": make_tiny_model(tmp_path / "other", seed=1)},
     }
     for name, settings in changes.items():
