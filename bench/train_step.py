@@ -1,13 +1,13 @@
 """One GRPO step against TRL's `GRPOTrainer`: same model, prompts, batch, tokens, precision, CPU.
 
 Each side trains in a process of its own, alternating; the first step of a process is a warm-up.
-TRL runs in each of the settings listed in `TRL_SETTINGS`; compare with its best. This trainer runs
-with moments in fp32, as TRL's are, and in bf16. Two workloads:
+TRL runs in each of its settings below; compare with its best. This trainer runs with moments in
+fp32, as TRL's are, and in bf16. Both see a copy of the model whose end token is one that it
+practically never samples, so a completion has as many tokens as the workload says:
 
-- `fixed`: both see a copy of the model whose end token is one that is practically never sampled,
-  so every completion has exactly the same number of tokens.
-- `natural`: the model as it is, asked in its chat format. Answers end by themselves, most of them
-  long before the limit that some reach; both sides report how many tokens they sampled.
+- `fixed`: all the same number.
+- `natural`: as many as the model itself writes when asked in its chat format. It answers once, by
+  its own end token, and both sides replay these lengths: most are short, some reach the limit.
 
     python -m bench.train_step --workload natural --csv bench/results/cpu/train_step_natural.csv
 
@@ -26,7 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from bench import report
+from bench.replayed_lengths import draw_lengths, replay_in_transformers, replayed_in_engine
+from lwz_trainer.model.source import BUILTIN_MODEL, resolve_model_dir
 
 PROMPTS = [
     "Write a short paragraph about the sea.",
@@ -36,6 +40,8 @@ PROMPTS = [
 ]
 GROUP_SIZE = 8
 RARE_TOKEN = "<reponame>"
+TARGET_WORDS = 400
+"""More than any answer has, so that rewards differ and no row is without a gradient."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,9 @@ class Workload:
     """Of one step."""
     template: str
     microbatch_tokens: int
-    """Of this trainer; TRL's micro-batches are among its settings."""
+    """Of this trainer."""
+    trl_settings: dict[str, tuple[int, dict[str, Any]]]
+    """Completions of a micro-batch, and arguments of GRPOConfig."""
 
     @property
     def num_completions(self) -> int:
@@ -56,16 +64,29 @@ class Workload:
 
 
 WORKLOADS = {
-    "fixed": Workload(128, 1, "{question}\n<answer>", 280),
-    "natural": Workload(
-        512, 2, "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n", 1024
+    "fixed": Workload(
+        128,
+        1,
+        "{question}\n<answer>",
+        280,
+        {
+            "trl": (8, {"gradient_checkpointing": True}),
+            "trl, no checkpointing": (8, {"gradient_checkpointing": False}),
+            "trl, no checkpointing, micro-batches of 2": (2, {"gradient_checkpointing": False}),
+        },
     ),
-}
-# Completions of a micro-batch (0: all of the step), and arguments of GRPOConfig.
-TRL_SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
-    "trl": (0, {"gradient_checkpointing": True}),
-    "trl, no checkpointing": (0, {"gradient_checkpointing": False}),
-    "trl, no checkpointing, micro-batches of 2": (2, {"gradient_checkpointing": False}),
+    "natural": Workload(
+        512,
+        4,
+        "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n<answer>",
+        1024,
+        {
+            "trl, micro-batches of 8": (8, {"gradient_checkpointing": True}),
+            "trl, no checkpointing, micro-batches of 4": (4, {"gradient_checkpointing": False}),
+            "trl, no checkpointing, micro-batches of 2": (2, {"gradient_checkpointing": False}),
+            "trl, no checkpointing, micro-batches of 1": (1, {"gradient_checkpointing": False}),
+        },
+    ),
 }
 # Settings of `optim`.
 OUR_SETTINGS: dict[str, dict[str, Any]] = {
@@ -81,43 +102,59 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each process")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--workload", choices=tuple(WORKLOADS), default="fixed")
+    parser.add_argument("--providers", nargs="*", help="all of the workload, or these")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         child = run_ours if args.child in OUR_SETTINGS else run_trl
         print(json.dumps(child(args) | {"peak_gb": peak_gb()}))
         return
+    known = [*OUR_SETTINGS, *WORKLOADS[args.workload].trl_settings]
+    providers = args.providers or known
+    if unknown := set(providers) - set(known):
+        raise SystemExit(f"no provider {sorted(unknown)}: there are {known}")
     with tempfile.TemporaryDirectory() as folder:
-        model = prepare_model(Path(folder) / "model", ends=args.workload == "natural")
+        prepare(Path(folder), args)
         rows = [
-            run_child(provider, model, args)
+            run_child(provider, Path(folder), args)
             for _ in range(args.rounds)
-            for provider in (*OUR_SETTINGS, *TRL_SETTINGS)
+            for provider in providers
         ]
     write_rows(rows, args)
 
 
-def prepare_model(target: Path, *, ends: bool) -> Path:
-    """SmolLM2; without `ends`, with an end token that it does not write."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from lwz_trainer.model.source import BUILTIN_MODEL, resolve_model_dir
-
+def prepare(folder: Path, args: argparse.Namespace) -> None:
+    """The model and the lengths that both sides get: `model`, `lengths.json`."""
+    workload = WORKLOADS[args.workload]
+    lengths = [[workload.max_tokens] * workload.num_completions] * (args.steps + 1)
+    if args.workload == "natural":
+        lengths = draw_lengths(
+            BUILTIN_MODEL,
+            [workload.template.replace("{question}", prompt) for prompt in PROMPTS],
+            group_size=GROUP_SIZE,
+            max_tokens=workload.max_tokens,
+            num_steps=args.steps + 1,
+        )
+    (folder / "lengths.json").write_text(json.dumps(lengths))
     source = resolve_model_dir(BUILTIN_MODEL)
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoModelForCausalLM.from_pretrained(source)
-    if not ends:
-        tokenizer.eos_token = tokenizer.pad_token = RARE_TOKEN
-        for config in (model.config, model.generation_config):
-            config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    return target
+    tokenizer.eos_token = tokenizer.pad_token = RARE_TOKEN
+    for config in (model.config, model.generation_config):
+        config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
 
 
-def run_child(provider: str, model: Path, args: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, "-m", "bench.train_step", "--child", provider, "--model", str(model)]
+def read_lengths(args: argparse.Namespace) -> list[list[int]]:
+    lengths: list[list[int]] = json.loads((args.folder / "lengths.json").read_text())
+    return lengths
+
+
+def run_child(provider: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    command = [sys.executable, "-m", "bench.train_step", "--child", provider]
+    command += ["--folder", str(folder)]
     command += ["--steps", str(args.steps), "--dtype", args.dtype, "--workload", args.workload]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
@@ -135,15 +172,20 @@ def run_ours(args: argparse.Namespace) -> dict[str, Any]:
     workload = WORKLOADS[args.workload]
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder) / "prompts.jsonl"
+        words = [TARGET_WORDS, 2 * TARGET_WORDS]
         prompts.write_text(
-            "\n".join(json.dumps({"prompt": p, "length_range": [40, 80]}) for p in PROMPTS)
+            "\n".join(json.dumps({"prompt": p, "length_range": words}) for p in PROMPTS)
         )
         template = Path(folder) / "plain.txt"
         template.write_text(workload.template)
         settings = {
             "output_dir": f"{folder}/run",
             "num_steps": args.steps + 1,
-            "model": {"path": str(args.model), "dtype": args.dtype, "checkpoint_layers": False},
+            "model": {
+                "path": str(args.folder / "model"),
+                "dtype": args.dtype,
+                "checkpoint_layers": False,
+            },
             "data": {
                 "prompts": str(prompts),
                 "template": str(template),
@@ -163,7 +205,8 @@ def run_ours(args: argparse.Namespace) -> dict[str, Any]:
         }
         config_file = Path(folder) / "config.yaml"
         config_file.write_text(json.dumps(settings))  # JSON is YAML
-        run_train(load_config(TrainConfig, config_file))
+        with replayed_in_engine(read_lengths(args)):
+            run_train(load_config(TrainConfig, config_file))
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines][1:]
     tokens = [record["tokens/completion_mean"] for record in records]
@@ -178,14 +221,13 @@ def run_ours(args: argparse.Namespace) -> dict[str, Any]:
 def run_trl(args: argparse.Namespace) -> dict[str, Any]:
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     from lwz_trainer.rewards.text import count_words
 
     workload = WORKLOADS[args.workload]
-    num_at_once, settings = TRL_SETTINGS[args.child]
-    num_at_once = num_at_once or workload.num_completions
+    num_at_once, settings = workload.trl_settings[args.child]
     times: list[float] = []
 
     class Clock(TrainerCallback):
@@ -196,13 +238,15 @@ def run_trl(args: argparse.Namespace) -> dict[str, Any]:
             times.append(time.perf_counter() - self.started)
 
     def length(completions: list[str], **_: Any) -> list[float | None]:
-        return [min(1.0, count_words(text) / 80) for text in completions]
+        return [min(1.0, count_words(text) / TARGET_WORDS) for text in completions]
 
     # fp32 weights in both cases: bf16=True multiplies under autocast, as our fp32 masters do.
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.folder / "model")
+    model = AutoModelForCausalLM.from_pretrained(args.folder / "model", dtype=torch.float32)
+    replay_in_transformers(model, read_lengths(args), eos_id=tokenizer.eos_token_id)
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32),
+            model=model,
             processing_class=tokenizer,
             reward_funcs=length,
             train_dataset=Dataset.from_list(
@@ -237,8 +281,9 @@ def run_trl(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_tokens(tokens: list[float], args: argparse.Namespace) -> None:
-    workload = WORKLOADS[args.workload]
-    assert args.workload == "natural" or set(tokens) == {workload.max_tokens}, tokens
+    """Refuses a step whose completions had other lengths than those that both sides were given."""
+    given = [statistics.mean(step) for step in read_lengths(args)[1:]]
+    assert all(abs(own - mean) < 1e-3 for own, mean in zip(tokens, given, strict=True)), tokens
 
 
 def peak_gb() -> float:
@@ -253,7 +298,7 @@ def write_rows(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
 
     workload = WORKLOADS[args.workload]
     summary: list[dict[str, Any]] = []
-    for provider in (*OUR_SETTINGS, *TRL_SETTINGS):
+    for provider in dict.fromkeys(row["provider"] for row in rows):
         own = [row for row in rows if row["provider"] == provider]
         steps = [seconds for row in own for seconds in row["step_s"]]
         rollouts = [seconds for row in own for seconds in row["rollout_s"]]

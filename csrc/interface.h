@@ -7,7 +7,7 @@
 #define LWZ_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Raised with every change of a C signature; native.py refuses a library of another version.
-constexpr int kLwzAbiVersion = 5;
+constexpr int kLwzAbiVersion = 6;
 
 enum LwzStatus : int {
     kLwzOk = 0,

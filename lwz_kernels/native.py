@@ -17,6 +17,8 @@ from lwz_kernels.shared_library import load_shared_library
 
 __all__ = [
     "adamw_",
+    "attention",
+    "attention_backward",
     "best_level",
     "decode_layers",
     "has_fastest_bf16",
@@ -26,6 +28,7 @@ __all__ = [
     "paged_attention",
     "row_statistics",
     "store_kv",
+    "supports_attention",
     "supports_depth",
     "supports_head_size",
     "unavailable_reason",
@@ -33,10 +36,12 @@ __all__ = [
     "write_dlogits_",
 ]
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
 HEAD_SIZE_STEP = 8
 MAX_HEAD_SIZE = 512
+ATTENTION_HEAD_STEP = 64
+ATTENTION_MAX_HEAD = 256
 DEPTH_STEP = 8
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -83,6 +88,15 @@ def has_fastest_bf16() -> bool:
 def supports_head_size(head_size: int) -> bool:
     """Whether the kernels can run this head size."""
     return head_size % HEAD_SIZE_STEP == 0 and 0 < head_size <= MAX_HEAD_SIZE
+
+
+def supports_attention(head_size: int) -> bool:
+    """Whether `attention` can run this head size on this CPU."""
+    return (
+        has_fastest_bf16()
+        and head_size % ATTENTION_HEAD_STEP == 0
+        and 0 < head_size <= ATTENTION_MAX_HEAD
+    )
 
 
 def supports_depth(depth: int) -> bool:
@@ -199,6 +213,90 @@ def decode_layers(
     )
     _raise_for_status(library.lwz_decode_layers(ctypes.byref(call)))
     return x
+
+
+class _Rows(ctypes.Structure):
+    """LwzRows of csrc/attention.h."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("token_stride", ctypes.c_int64),
+        ("head_stride", ctypes.c_int64),
+    )
+
+
+class _AttentionCall(ctypes.Structure):
+    """LwzAttentionCall of csrc/attention.h."""
+
+    _fields_ = (
+        *((name, _Rows) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
+        *((name, ctypes.c_void_p) for name in ("lse", "lengths", "prefix_of")),
+        *((name, ctypes.c_int64) for name in ("num_sequences", "num_heads", "num_kv_heads")),
+        ("head_size", ctypes.c_int64),
+        ("softmax_scale", ctypes.c_float),
+        *((name, ctypes.c_int) for name in ("level", "num_threads")),
+    )
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: torch.Tensor,
+    prefix_of: torch.Tensor,
+    *,
+    softmax_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse of packed bf16 CPU tensors whose strides are even; see csrc/attention.h."""
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    tensors = {"q": q, "k": k, "v": v, "out": out}
+    _call_attention("lwz_attention", tensors, lse, lengths, prefix_of, softmax_scale)
+    return out, lse
+
+
+def attention_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    lengths: torch.Tensor,
+    prefix_of: torch.Tensor,
+    *,
+    softmax_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk and dv of what `attention` was given and gave."""
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    tensors = {"q": q, "k": k, "v": v, "out": out, "dout": dout, "dq": dq, "dk": dk, "dv": dv}
+    _call_attention("lwz_attention_backward", tensors, lse, lengths, prefix_of, softmax_scale)
+    return dq, dk, dv
+
+
+def _call_attention(
+    name: str,
+    tensors: dict[str, torch.Tensor],
+    lse: torch.Tensor,
+    lengths: torch.Tensor,
+    prefix_of: torch.Tensor,
+    softmax_scale: float,
+) -> None:
+    library = _library()
+    call = _AttentionCall(
+        **{name: _Rows(x.data_ptr(), *x.stride()[:2]) for name, x in tensors.items()},
+        lse=lse.data_ptr(),
+        lengths=lengths.data_ptr(),
+        prefix_of=prefix_of.data_ptr(),
+        num_sequences=len(lengths),
+        num_heads=tensors["q"].shape[1],
+        num_kv_heads=tensors["k"].shape[1],
+        head_size=tensors["q"].shape[2],
+        softmax_scale=softmax_scale,
+        level=library.lwz_best_level(),
+        num_threads=torch.get_num_threads(),
+    )
+    _raise_for_status(getattr(library, name)(ctypes.byref(call)))
 
 
 def paged_attention(
@@ -451,7 +549,8 @@ def _declare(library: ctypes.CDLL) -> None:
         *[i32] * 3,
     ]
     library.lwz_adamw.argtypes = [*[pointer] * 5, i64, *[ctypes.c_float] * 7, *[i32] * 3]
-    library.lwz_decode_layers.argtypes = [pointer]
+    for name in ("attention", "attention_backward", "decode_layers"):
+        getattr(library, f"lwz_{name}").argtypes = [pointer]
     library.lwz_linear.argtypes = [*[pointer] * 4, *[i64] * 3, *[i32] * 5]
     library.lwz_row_statistics.argtypes = [*[pointer] * 4, *[i64] * 2, *[f64] * 2, *[i32] * 2]
     library.lwz_write_dlogits.argtypes = [*[pointer] * 8, *[i64] * 2, *[f64] * 2, *[i32] * 3]
@@ -459,6 +558,8 @@ def _declare(library: ctypes.CDLL) -> None:
     library.lwz_vector_exp.argtypes = [pointer, pointer, i64, i32]
     for name in (
         "adamw",
+        "attention",
+        "attention_backward",
         "best_level",
         "decode_layers",
         "linear",

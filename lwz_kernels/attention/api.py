@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lwz_kernels.attention.backends import choose_impl, choose_split_impl
 from lwz_kernels.attention.library import LIBRARY_IMPLS, library_attention
+from lwz_kernels.attention.native_packs import native_attention
 from lwz_kernels.attention.op import (
     attention_op,
     run_attention_bwd,
@@ -56,9 +57,9 @@ def attention(
         impl: "auto" takes the first that applies and logs it once: "flash_attn_3",
             "flash_attn_4", "flash_attn_2" where installed, "varlen" (torch.nn.attention.varlen;
             these need a pack without prefixes), "triton" (ours; K up to 128), all of them on CUDA
-            in bf16 or fp16; "sdpa" (a CPU; packs, prefixes too); "torch" (blocks of queries, any
-            device). One that is named runs, or there is an error. "reference" is one mask and
-            autograd.
+            in bf16 or fp16; "native" (ours; a CPU with AVX512-BF16, packs of bf16, prefixes too, K
+            in 64s); "sdpa" (a CPU; packs, prefixes too); "torch" (blocks of queries, any device).
+            One that is named runs, or there is an error. "reference" is one mask and autograd.
 
     Returns:
         out: [Tq, H, K], dtype of q.
@@ -95,7 +96,9 @@ def attention(
         return attention_reference(
             q, k, v, segments=table.segments, softmax_scale=scale, window_size=window_size
         )
-    if chosen == "sdpa":
+    if chosen == "native":
+        out, lse = native_attention(q, k, v, table, scale)
+    elif chosen == "sdpa":
         out, lse = sdpa_attention(q, k, v, table, scale)
     elif chosen in LIBRARY_IMPLS:
         out, lse = library_attention(q, k, v, table, scale, window_size, chosen)

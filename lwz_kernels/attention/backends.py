@@ -3,16 +3,17 @@
 import torch
 from torch import Tensor
 
+from lwz_kernels import native
 from lwz_kernels.attention.library import LIBRARY_IMPLS, is_installed
 from lwz_kernels.attention.segments import SegmentTable
 from lwz_kernels.dispatch import log_choice_once
 
 __all__ = ["IMPLS", "choose_impl", "choose_split_impl"]
 
-IMPLS = ("auto", *LIBRARY_IMPLS, "triton", "sdpa", "torch", "reference")
+IMPLS = ("auto", *LIBRARY_IMPLS, "triton", "native", "sdpa", "torch", "reference")
 SPLIT_IMPLS = ("auto", "triton", "torch", "reference")
-# On a GPU one of the first five or torch, on a CPU sdpa or torch.
-AUTO_ORDER = (*LIBRARY_IMPLS, "triton", "sdpa")
+# On a GPU one of the first five or torch, on a CPU native, sdpa or torch.
+AUTO_ORDER = (*LIBRARY_IMPLS, "triton", "native", "sdpa")
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 TRITON_MAX_HEAD_SIZE = 128
 LIBRARY_MAX_HEAD_SIZE = 256
@@ -68,9 +69,16 @@ def _choose(
 
 def _obstacle(impl: str, q: Tensor, table: SegmentTable, window_size: int | None) -> str:
     """Why `impl` cannot run; empty if it can."""
-    if impl == "sdpa":
+    if impl in ("native", "sdpa"):
         if q.device.type != "cpu":
             return f"needs CPU tensors, got {q.device.type}"
+        if impl == "native" and q.dtype != torch.bfloat16:
+            return f"needs bfloat16, got {q.dtype}"
+        if impl == "native" and not native.supports_attention(q.shape[2]):
+            return (
+                "needs the native library, AVX512-BF16 without AMX and a head size in 64s up to "
+                f"256, got {q.shape[2]}"
+            )
         if table.pack is None or table.num_q == 0:
             return "needs a pack of whole sequences"
         longest = max(row.prefix_len + row.k_len for row in table.segments)

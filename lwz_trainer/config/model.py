@@ -38,6 +38,7 @@ class ModelSection:
         "flash_attn_2",
         "varlen",
         "triton",
+        "native",
         "sdpa",
         "torch",
         "reference",
