@@ -211,6 +211,7 @@ def run_ours(args: argparse.Namespace) -> dict[str, Any]:
     records = [json.loads(line) for line in lines][1:]
     tokens = [record["tokens/completion_mean"] for record in records]
     check_tokens(tokens, args)
+    check_spread([record["zero_spread_frac"] for record in records])
     return {
         "step_s": [record["time/step_s"] for record in records],
         "rollout_s": [record["time/rollout_s"] for record in records],
@@ -277,6 +278,7 @@ def run_trl(args: argparse.Namespace) -> dict[str, Any]:
         log = [entry for entry in trainer.state.log_history if "completions/mean_length" in entry]
     tokens = [entry["completions/mean_length"] for entry in log][1:]
     check_tokens(tokens, args)
+    check_spread([entry["frac_reward_zero_std"] for entry in log][1:])
     return {"step_s": times[1:], "rollout_s": [], "tokens": tokens}
 
 
@@ -284,6 +286,11 @@ def check_tokens(tokens: list[float], args: argparse.Namespace) -> None:
     """Refuses a step whose completions had other lengths than those that both sides were given."""
     given = [statistics.mean(step) for step in read_lengths(args)[1:]]
     assert all(abs(own - mean) < 1e-3 for own, mean in zip(tokens, given, strict=True)), tokens
+
+
+def check_spread(zero_fractions: list[float]) -> None:
+    """Refuses a step with a group of equal rewards: a trainer may skip rows without a gradient."""
+    assert not any(zero_fractions), zero_fractions
 
 
 def peak_gb() -> float:
